@@ -92,6 +92,7 @@ class Args:
 # ---------------------------------------------------------------------------------------------------------- networks
 # Every network is ONE flat vector of parameters, unflattened by views where it is used. The compiled update then takes
 # a dozen tensors instead of a hundred, and Adam, the target update and a checkpoint are a line each.
+LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
 
 
 def init_mlp(sizes: tuple[int, ...], rng: np.random.Generator, copies: int = 0) -> Tensor:
@@ -147,9 +148,6 @@ def act(actor_layers: list, obs: np.ndarray, noise: np.ndarray | float) -> np.nd
     return np.tanh(mean + np.exp(np.clip(log_std, LOG_STD_MIN, LOG_STD_MAX)) * noise)
 
 
-LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
-
-
 # --------------------------------------------------------------------------------------------------------------- SAC
 class SAC(NamedTuple):
     """Everything an update reads and writes, in place. m and v are Adam's moments; beta is the entropy coefficient."""
@@ -182,8 +180,8 @@ def adam_(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, updates: Tensor, le
     param.sub_(learning_rate * m_hat / (v_hat.sqrt() + 1e-8))
 
 
-def make_sac_update(actor_sizes, critic_sizes, learning_rate, gamma, tau, auto_beta, target_entropy, compile):
-    """The SAC update (Haarnoja et al. 2018) as one function of tensors, compiled into one graph if asked."""
+def make_sac_update(actor_sizes, critic_sizes, learning_rate, gamma, tau, auto_beta, target_entropy):
+    """The SAC update (Haarnoja et al. 2018) as one function of tensors, fit to be compiled into one graph."""
 
     def update(sac: SAC, obs, action, reward, next_obs, terminated, noise) -> Tensor:
         """One step on a batch; noise (2, batch, act_dim). Returns (4,): Q loss, policy loss, entropy, mean Q."""
@@ -216,7 +214,22 @@ def make_sac_update(actor_sizes, critic_sizes, learning_rate, gamma, tau, auto_b
         sac.targets.lerp_(sac.critics, tau)
         return torch.stack([q_loss, pi_loss, entropy, mean_q])
 
-    return torch.compile(update, fullgraph=True, dynamic=False) if compile else update
+    return update
+
+
+def compile_update(update, sac: SAC, obs_dim: int, act_dim: int, batch_size: int):
+    """The update compiled and warmed up on copies; as it was, with a printed line, where that cannot be done."""
+    shapes = [(batch_size, obs_dim), (batch_size, act_dim), (batch_size,), (batch_size, obs_dim), (batch_size,)]
+    batch = [torch.zeros(shape, device=sac.actor.device) for shape in (*shapes, (2, batch_size, act_dim))]
+    compiled = torch.compile(update, fullgraph=True, dynamic=False)
+    print("compiling the SAC update: half a minute the first time, seconds from the cache", flush=True)
+    try:
+        compiled(SAC(*(tensor.clone() for tensor in sac)), *batch)
+    except Exception as error:  # whatever the compiler lacks, eager mode does not need it
+        reason = str(error).strip().split("\n")[0][:100]
+        print(f"torch.compile failed ({reason}); the update runs eagerly, several times slower. Install a C++ compiler.")
+        return update
+    return compiled
 
 
 class Replay:
@@ -232,8 +245,8 @@ class Replay:
     def sample(self, updates: int, batch_size: int, rng: np.random.Generator, device) -> tuple[Tensor, ...]:
         """Batches for several updates at once, a tensor (updates, batch, width) for each field."""
         index = rng.integers(self.size, size=updates * batch_size)
-        rows = torch.from_numpy(self.rows.take(index, axis=0)).to(device)
-        return rows.view(updates, batch_size, -1).split(self.widths, dim=-1)
+        rows = torch.from_numpy(self.rows.take(index, axis=0)).to(device).view(updates, batch_size, -1)
+        return tuple(field.contiguous() for field in rows.split(self.widths, dim=-1))
 
 
 # ------------------------------------------------------------------------------------------------ environment and data
@@ -400,9 +413,9 @@ if __name__ == "__main__":
         replay.rows[: len(state["replay"])], replay.size = state["replay"].numpy(), len(state["replay"])
         rng.bit_generator.state = json.loads(state["rng"])
 
-    update = make_sac_update(
-        actor_sizes, critic_sizes, args.learning_rate, args.gamma, args.tau, True, -float(act_dim), args.compile
-    )
+    update = make_sac_update(actor_sizes, critic_sizes, args.learning_rate, args.gamma, args.tau, True, -float(act_dim))
+    if args.compile:
+        update = compile_update(update, sac, obs_dim, act_dim, args.batch_size)
     bar = tqdm(total=total_timesteps, initial=step, desc=f"1/2 expert {args.env}", unit="step", mininterval=1.0)
     while step < total_timesteps:
         obs, _ = env.reset(seed=int(rng.integers(2**31)))
@@ -434,19 +447,19 @@ if __name__ == "__main__":
     bar.close()
 
     # -------------------------------------------------------------- 2. the tiers: three checkpoints by their true return
-    # Each tier's shortlist is the five checkpoints whose three-episode return is nearest to its target; the one whose
-    # own episodes come nearest, a standard deviation counted as distance, is kept.
+    # Each tier's shortlist is the ten checkpoints whose three-episode return is nearest to its target; the one whose own
+    # episodes come nearest is kept, a quarter of their standard deviation counted as distance.
     rng = np.random.default_rng([args.seed, 1])
     low_share, medium_share, paper_high = PAPER_TIERS.get(name, (0.66, 0.85, math.inf))
     targets = dict(zip(TIERS, args.tier_targets)) or {"high": min(paper_high, max(c[1] for c in candidates))}
     tiers, chosen = {}, {}
     for tier in ("high", "medium", "low"):
-        shortlist = sorted(candidates, key=lambda c: abs(c[1] - targets[tier]))[:5]
+        shortlist = sorted(candidates, key=lambda c: abs(c[1] - targets[tier]))[:10]
         best = math.inf
         for at_step, _, actor in tqdm(shortlist, desc=f"2/2 {tier} tier, target {targets[tier]:.0f}", unit="checkpoint"):
             actor_layers = layers(actor.numpy(), actor_sizes)
             episodes = play_tier(play_env, actor_layers, rng, args.episodes_per_tier, args.max_steps_per_tier)
-            distance = abs(returns(episodes).mean() - targets[tier]) + returns(episodes).std()
+            distance = abs(returns(episodes).mean() - targets[tier]) + returns(episodes).std() / 4
             if distance < best:
                 best, tiers[tier], chosen[tier] = distance, episodes, at_step
         high = returns(tiers["high"]).mean()
