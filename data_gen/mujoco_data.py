@@ -227,7 +227,9 @@ def compile_update(update, sac: SAC, obs_dim: int, act_dim: int, batch_size: int
         compiled(SAC(*(tensor.clone() for tensor in sac)), *batch)
     except Exception as error:  # whatever the compiler lacks, eager mode does not need it
         reason = str(error).strip().split("\n")[0][:100]
-        print(f"torch.compile failed ({reason}); the update runs eagerly, several times slower. Install a C++ compiler.")
+        print(
+            f"torch.compile failed ({reason}); the update runs eagerly, several times slower. Install a C++ compiler."
+        )
         return update
     return compiled
 
@@ -368,10 +370,17 @@ def write_dataset(output_dir: Path, tiers: dict[str, list[Episode]], pairs: list
 
 
 def check_args(args: Args) -> None:
-    for name in "episodes_per_tier max_steps_per_tier segment_length num_pairs checkpoint_every batch_size threads".split():
+    for (
+        name
+    ) in "episodes_per_tier max_steps_per_tier segment_length num_pairs checkpoint_every batch_size threads".split():
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if args.total_timesteps < 0 or args.learning_starts < 1 or args.learning_rate <= 0 or min(args.hidden, default=0) < 1:
+    if (
+        args.total_timesteps < 0
+        or args.learning_starts < 1
+        or args.learning_rate <= 0
+        or min(args.hidden, default=0) < 1
+    ):
         fail("--learning-starts, --learning-rate and --hidden must be positive, --total-timesteps not negative")
     if args.checkpoint_every % BLOCK or args.learning_starts % BLOCK or args.total_timesteps % args.checkpoint_every:
         fail(f"--checkpoint-every and --learning-starts must be multiples of {BLOCK}, --total-timesteps of the former")
@@ -441,7 +450,10 @@ if __name__ == "__main__":
         bar.set_postfix(true_return=f"{scores.mean():.0f}", best=f"{max(c[1] for c in candidates):.0f}")
         if step % (5 * args.checkpoint_every) == 0 or step == total_timesteps:
             state = {"recipe": recipe, "sac": list(sac), "step": step, "candidates": candidates}
-            state |= {"replay": torch.from_numpy(replay.rows[: replay.size]), "rng": json.dumps(rng.bit_generator.state)}
+            state |= {
+                "replay": torch.from_numpy(replay.rows[: replay.size]),
+                "rng": json.dumps(rng.bit_generator.state),
+            }
             torch.save(state, state_path.with_suffix(".tmp"))
             os.replace(state_path.with_suffix(".tmp"), state_path)
     bar.close()
@@ -456,7 +468,9 @@ if __name__ == "__main__":
     for tier in ("high", "medium", "low"):
         shortlist = sorted(candidates, key=lambda c: abs(c[1] - targets[tier]))[:10]
         best = math.inf
-        for at_step, _, actor in tqdm(shortlist, desc=f"2/2 {tier} tier, target {targets[tier]:.0f}", unit="checkpoint"):
+        for at_step, _, actor in tqdm(
+            shortlist, desc=f"2/2 {tier} tier, target {targets[tier]:.0f}", unit="checkpoint"
+        ):
             actor_layers = layers(actor.numpy(), actor_sizes)
             episodes = play_tier(play_env, actor_layers, rng, args.episodes_per_tier, args.max_steps_per_tier)
             distance = abs(returns(episodes).mean() - targets[tier]) + returns(episodes).std() / 4
