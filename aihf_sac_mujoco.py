@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.func import grad, grad_and_value
 from tqdm import tqdm
@@ -52,18 +51,18 @@ class Args:
     """weight of the preferences; 0 is maximum-likelihood inverse reinforcement learning"""
     reward_updates_per_iteration: int = 20
     """Adam steps on the reward after each policy alignment (the paper does not say; the authors' code: 1)"""
-    rollouts_per_iteration: int = 2
-    """fresh episodes of the current policy for g1, counted as environment steps"""
-    return_form: Literal["discounted", "sum", "mean"] | None = None
+    rollout_steps_per_iteration: int = 2_000
+    """fresh episodes of the current policy for g1: whole ones, until they have this many steps in all"""
+    return_form: Literal["discounted", "sum", "mean"] = "mean"
     """R(tau) in g1: the paper's discounted sum, or the per-step mean over (1 - gamma)"""
     segment_length: int = 50
     """steps of each side of a preference pair: at most what pairs.csv has"""
     preference_batch_size: int = 64
     """pairs in each reward update"""
-    reward_learning_rate: float = 1e-3
-    """Adam's, for the reward (paper: 1e-4, over many times more iterations)"""
-    reward_bound: float = 10.0
-    """the reward is bound * tanh(network / bound)"""
+    reward_learning_rate: float = 3e-4
+    """Adam's, for the reward (paper: 1e-4, with several times more iterations)"""
+    reward_bound: float = 4.0
+    """the reward lies between 0 and this"""
     gradient_penalty: float = 1000.0
     """weight of the penalty on slopes of the reward above 1, without which Lemma 5.1's linear g1 runs into the bound"""
     penalty_batch_size: int = 500
@@ -76,7 +75,7 @@ class Args:
     """steps of uniformly random actions before the first update"""
     learning_rate: float = 1e-3
     """Adam's, for policy, Q networks and entropy coefficient (paper: 3e-3; the authors' code: 1e-3)"""
-    batch_size: int = 100
+    batch_size: int = 256
     """transitions in an update"""
     entropy_coefficient: str = "auto"
     """the paper's beta: a number, or auto for the one that holds the entropy at -dim(A)"""
@@ -118,11 +117,11 @@ class Args:
     """write a video of the final policy to the run folder (pip install -e '.[video]')"""
 
 
-# What must differ between environments. Falling ends an episode in Hopper and Walker2d, never in HalfCheetah.
+# What differs between environments: how long they take.
 ENV_DEFAULTS = {
-    "Hopper": {"total_timesteps": 300_000, "return_form": "discounted"},
-    "HalfCheetah": {"total_timesteps": 600_000, "return_form": "mean"},
-    "Walker2d": {"total_timesteps": 600_000, "return_form": "discounted"},
+    "Hopper": {"total_timesteps": 300_000},
+    "HalfCheetah": {"total_timesteps": 400_000},
+    "Walker2d": {"total_timesteps": 500_000},
 }
 
 
@@ -397,9 +396,9 @@ class Weighted(NamedTuple):
 
 
 def reward(theta: Tensor, x: Tensor, sizes: tuple[int, ...], bound: float) -> Tensor:
-    """r(s, a; θ) = bound * tanh(MLP / bound) for x (..., obs_dim + act_dim): (...,). The tanh, unlike a clamp, has a
-    gradient everywhere."""
-    return bound * torch.tanh(mlp(theta, x, sizes).squeeze(-1) / bound)
+    """r(s, a; θ) in (0, bound) for x (..., obs_dim + act_dim): (...,). A sigmoid of slope 1 at the middle: unlike a
+    clamp it has a gradient everywhere. Never negative, so that falling, after which all is worth 0, does not pay."""
+    return bound * torch.sigmoid(4 / bound * mlp(theta, x, sizes).squeeze(-1))
 
 
 def step_weights(lengths: np.ndarray, form: str, gamma: float, horizon: int) -> Tensor:
@@ -453,10 +452,10 @@ def between(demos: Tensor, rollouts: Tensor, count: int, rng: np.random.Generato
 
 
 # ------------------------------------------------------------------------------------------- evaluate, save and resume
-def rollout(env: gym.Env, actor_layers: list, episodes: int, rng: np.random.Generator) -> Trajectories:
-    """Whole episodes of the stochastic policy; the environment's reward is dropped unread."""
+def rollout(env: gym.Env, actor_layers: list, steps: int, rng: np.random.Generator) -> Trajectories:
+    """Whole episodes of the stochastic policy, at least `steps` in all; the environment's reward is dropped unread."""
     all_obs, all_actions, lengths = [], [], []
-    for _ in range(episodes):
+    while len(all_obs) < steps:
         obs, _ = env.reset(seed=int(rng.integers(2**31)))
         start, done = len(all_obs), False
         while not done:
@@ -632,29 +631,23 @@ def parse_args() -> Args:
 
 
 def check_args(args: Args) -> None:
-    def flag(name):
-        return f"--{name.replace('_', '-')}"
-
     for field in fields(Args):
-        value = getattr(args, field.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            fail(f"{flag(field.name)} must be a finite number, not {value}")
-        if field.name in POSITIVE and not value > 0:
-            fail(f"{flag(field.name)} must be positive, not {value}")
-        if field.name in NOT_NEGATIVE and not value >= 0:
-            fail(f"{flag(field.name)} must not be negative: {value}")
+        value, flag = getattr(args, field.name), f"--{field.name.replace('_', '-')}"
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if not (math.isfinite(value) and value >= 0):
+                fail(f"{flag} must be a finite number and not negative: {value}")
+            if value == 0 and field.name not in MAY_BE_ZERO:
+                fail(f"{flag} must be more than 0")
     if args.demo_weight == args.preference_weight == 0:
         fail("--demo-weight and --preference-weight are both 0: there is nothing to learn a reward from")
-    if not (0 <= args.gamma < 1 and 0 < args.tau <= 1):
-        fail("--gamma must lie in [0, 1) and --tau in (0, 1]")
+    if args.gamma >= 1 or args.tau > 1:
+        fail("--gamma must be below 1 and --tau at most 1")
     if not args.hidden or min(args.hidden) < 1:
         fail("--hidden takes one or more widths of at least 1, such as --hidden 64 64")
-    if args.entropy_coefficient != "auto":
-        try:
-            if not 0 < float(args.entropy_coefficient) < math.inf:
-                raise ValueError
-        except ValueError:
-            fail(f"--entropy-coefficient must be auto or a positive number, not {args.entropy_coefficient!r}")
+    try:
+        assert args.entropy_coefficient == "auto" or 0 < float(args.entropy_coefficient) < math.inf
+    except (AssertionError, ValueError):
+        fail(f"--entropy-coefficient must be auto or a positive number, not {args.entropy_coefficient!r}")
 
 
 SCRIPT = "aihf_sac_mujoco"
@@ -670,18 +663,7 @@ MAY_CHANGE = {
     "threads",
 }
 MAY_CHANGE |= {"track", "wandb_project_name", "wandb_entity", "capture_video"}
-POSITIVE = {"total_timesteps", "reward_updates_per_iteration", "rollouts_per_iteration", "segment_length"}
-POSITIVE |= {"preference_batch_size", "reward_learning_rate", "reward_bound", "policy_steps_per_iteration"}
-POSITIVE |= {
-    "learning_starts",
-    "learning_rate",
-    "batch_size",
-    "eval_every",
-    "eval_episodes",
-    "checkpoint_every",
-    "threads",
-}
-NOT_NEGATIVE = {"seed", "demo_weight", "preference_weight", "gradient_penalty"}
+MAY_BE_ZERO = {"seed", "demo_weight", "preference_weight", "gradient_penalty"}
 METRICS = (
     "charts/iteration charts/sac_steps charts/env_steps charts/SPS charts/wall_seconds charts/episode_length "
     "losses/q losses/policy losses/entropy losses/q_mean losses/beta "
@@ -840,7 +822,7 @@ if __name__ == "__main__":
 
         # ====================================================================== SAMPLE: τ' ~ π_{k+1}, τ ~ D, (τ_l ≺ τ_w)
         actor_layers = layers(sac.actor.cpu().numpy(), actor_sizes)
-        fresh = rollout(env, actor_layers, args.rollouts_per_iteration, rng)
+        fresh = rollout(env, actor_layers, args.rollout_steps_per_iteration, rng)
         rollouts = weighted(fresh)
 
         # ================================================ UPPER LEVEL (8a): θ_{k+1} = θ_k + η (α g1 + g2), kept smooth
