@@ -351,7 +351,7 @@ def load_trajectories(path: Path, env: gym.Env, how_to_make: str) -> Trajectorie
     return Trajectories(obs.astype(np.float32), (2 * (actions - low) / (high - low) - 1).astype(np.float32), lengths)
 
 
-def load_pairs(path: Path, lengths: dict[str, np.ndarray], segment_length: int, how_to_make: str) -> list[list]:
+def load_pairs(path: Path, tiers: dict[str, Trajectories], segment_length: int, how_to_make: str) -> list[list]:
     """Read pairs.csv: for each pair [(tier, episode, start) preferred, (tier, episode, start) other]."""
     if not path.is_file():
         fail(f"no preference pairs at {path}; make them with `{how_to_make}`, or give --data-dir")
@@ -363,19 +363,15 @@ def load_pairs(path: Path, lengths: dict[str, np.ndarray], segment_length: int, 
                 for side in "ab":
                     tier, episode = row[f"tier_{side}"], int(row[f"episode_{side}"])
                     start, length = int(row[f"start_{side}"]), int(row[f"length_{side}"])
-                    if tier not in lengths:
-                        fail(f"{path} line {line}: no tier {tier!r}; there are {', '.join(lengths)}")
-                    if not 0 <= episode < len(lengths[tier]):
-                        fail(f"{path} line {line}: {tier}.npz has no episode {episode}, it has {len(lengths[tier])}")
+                    if tier not in tiers or not 0 <= episode < len(tiers[tier].lengths):
+                        fail(
+                            f"{path} line {line}: there is no episode {episode} in a tier {tier!r} of {', '.join(tiers)}"
+                        )
+                    steps = tiers[tier].lengths[episode]
+                    if not 0 <= start <= steps - length:
+                        fail(f"{path} line {line}: steps {start} to {start + length} leave the episode's {steps}")
                     if length < segment_length:
-                        fail(
-                            f"{path} line {line}: its segments have {length} steps; --segment-length asks {segment_length}"
-                        )
-                    if not 0 <= start <= lengths[tier][episode] - length:
-                        steps = lengths[tier][episode]
-                        fail(
-                            f"{path} line {line}: a segment of {length} from {start} leaves the episode's {steps} steps"
-                        )
+                        fail(f"{path} line {line}: segments of {length} steps are shorter than --segment-length")
                     sides.append((tier, episode, start))
                 if row["label"] not in ("0", "1"):
                     fail(f"{path} line {line}: label {row['label']!r}; wanted 1 (a preferred) or 0 (b preferred)")
@@ -667,7 +663,7 @@ MAY_BE_ZERO = {"seed", "demo_weight", "preference_weight", "gradient_penalty"}
 METRICS = (
     "charts/iteration charts/sac_steps charts/env_steps charts/SPS charts/wall_seconds charts/episode_length "
     "losses/q losses/policy losses/entropy losses/q_mean losses/beta "
-    "reward/demonstrations reward/policy reward/gap reward/max_abs reward/preference_accuracy reward/preference_loss "
+    "reward/demonstrations reward/policy reward/gap reward/max reward/preference_accuracy reward/preference_loss "
     "eval/return_mean eval/return_std eval/length_mean eval/reward_correlation"
 ).split()
 
@@ -688,12 +684,13 @@ if __name__ == "__main__":
     # ------------------------------------------------------------------------------------------------------- the data
     data_dir = Path(args.data_dir)
     how_to_make = f"python data_gen/mujoco_data.py --env {args.env}"
-    tiers = {tier: load_trajectories(data_dir / f"{tier}.npz", env, how_to_make) for tier in ("low", "medium", "high")}
-    lengths, horizon = {tier: tiers[tier].lengths for tier in tiers}, env.spec.max_episode_steps or 1000
-    pairs = load_pairs(data_dir / "pairs.csv", lengths, args.segment_length, how_to_make)
+    used = ["high"] * (args.demo_weight > 0) + ["medium", "low"] * (args.preference_weight > 0)
+    tiers = {tier: load_trajectories(data_dir / f"{tier}.npz", env, how_to_make) for tier in used}
+    pairs = load_pairs(data_dir / "pairs.csv", tiers, args.segment_length, how_to_make) if "low" in tiers else []
     all_obs = np.concatenate([tier.obs for tier in tiers.values()])
     obs_mean, obs_std = to_device(all_obs.mean(0), all_obs.std(0) + 1e-6)
-    data_hash = hashlib.sha256(b"".join(np.ascontiguousarray(a) for t in tiers.values() for a in t)).hexdigest()
+    data_hash = hashlib.sha256(all_obs.tobytes() + repr(pairs).encode()).hexdigest()
+    horizon = env.spec.max_episode_steps or 1000
 
     def features(obs: Tensor, actions: Tensor) -> Tensor:
         """What the reward network sees: standardised observations, clipped at 10 deviations, and actions."""
@@ -703,12 +700,14 @@ if __name__ == "__main__":
         weight = step_weights(trajectories.lengths, args.return_form, args.gamma, horizon)
         return Weighted(features(*to_device(trajectories.obs, trajectories.actions)), weight.to(device))
 
-    demos, x = weighted(tiers["high"]), {tier: weighted(tiers[tier]).x for tier in tiers}
-    starts = {tier: np.cumsum(lengths[tier]) - lengths[tier] for tier in tiers}
-    preferred, other = (  # (pairs, segment_length, obs_dim + act_dim) each
-        torch.stack([x[tier][starts[tier][e] + s :][: args.segment_length] for tier, e, s in side])
-        for side in zip(*pairs)
-    )
+    data = {tier: weighted(tiers[tier]) for tier in tiers}
+    data_x = torch.cat([data[tier].x for tier in tiers])
+    if pairs:
+        starts = {tier: np.cumsum(tiers[tier].lengths) - tiers[tier].lengths for tier in tiers}
+        preferred, other = (  # (pairs, segment_length, obs_dim + act_dim) each
+            torch.stack([data[tier].x[starts[tier][e] + start :][: args.segment_length] for tier, e, start in side])
+            for side in zip(*pairs)
+        )
 
     # ------------------------------------------------------------------------- what is learned: policy, Q and reward
     rng = np.random.default_rng(args.seed)  # the one source of randomness, environment resets included
@@ -827,21 +826,25 @@ if __name__ == "__main__":
 
         # ================================================ UPPER LEVEL (8a): θ_{k+1} = θ_k + η (α g1 + g2), kept smooth
         for _ in range(args.reward_updates_per_iteration):
-            batch = torch.from_numpy(rng.integers(len(preferred), size=args.preference_batch_size)).to(device)
-            g1 = demonstration_gradient(theta, r, demos, rollouts)
-            g2 = preference_gradient(theta, r, preferred[batch], other[batch])
-            g3 = smoothness_gradient(theta, r, between(demos.x, rollouts.x, args.penalty_batch_size, rng))
-            theta.grad = -(args.demo_weight * g1 + args.preference_weight * g2 - args.gradient_penalty * g3)
+            gradient = torch.zeros_like(theta)
+            if args.demo_weight:
+                gradient += args.demo_weight * demonstration_gradient(theta, r, data["high"], rollouts)
+            if args.preference_weight:
+                batch = torch.from_numpy(rng.integers(len(pairs), size=args.preference_batch_size)).to(device)
+                gradient += args.preference_weight * preference_gradient(theta, r, preferred[batch], other[batch])
+            if args.gradient_penalty:
+                points = between(data_x, rollouts.x, args.penalty_batch_size, rng)
+                gradient -= args.gradient_penalty * smoothness_gradient(theta, r, points)
+            theta.grad = -gradient  # Adam descends
             reward_optimizer.step()
-            stop_if_not_finite(step, run_dir, g1=g1, g2=g2, g3=g3, theta=theta)
+        stop_if_not_finite(step, run_dir, reward_gradient=gradient, theta=theta)
 
         # ======================================================================================================== LOG
         progress["iteration"] += 1
         progress["sac_steps"] = step
         progress["env_steps"] += step - first_step + len(fresh.obs)
         finished = step >= args.total_timesteps
-        r_demos, r_policy = r(theta, demos.x), r(theta, rollouts.x)
-        margins = (r(theta, preferred) - r(theta, other)).sum(-1)
+        r_policy = r(theta, rollouts.x)
         row = {
             "charts/iteration": progress["iteration"],
             "charts/sac_steps": step,
@@ -849,13 +852,17 @@ if __name__ == "__main__":
             "charts/episode_length": fresh.lengths.mean(),
             **dict(zip(("losses/q", "losses/policy", "losses/entropy", "losses/q_mean"), losses.tolist())),
             "losses/beta": sac.log_beta.exp().item(),
-            "reward/demonstrations": r_demos.mean().item(),
             "reward/policy": r_policy.mean().item(),
-            "reward/gap": (r_demos.mean() - r_policy.mean()).item(),
-            "reward/max_abs": max(r_demos.abs().max().item(), r_policy.abs().max().item()),
-            "reward/preference_accuracy": (margins > 0).float().mean().item(),
-            "reward/preference_loss": -F.logsigmoid(margins).mean().item(),
+            "reward/max": r_policy.max().item(),
         }
+        if args.demo_weight:
+            r_demos = r(theta, data["high"].x)
+            row["reward/demonstrations"] = r_demos.mean().item()
+            row["reward/gap"] = (r_demos.mean() - r_policy.mean()).item()
+        if args.preference_weight:
+            margins = (r(theta, preferred) - r(theta, other)).sum(-1)
+            row["reward/preference_accuracy"] = (margins > 0).float().mean().item()
+            row["reward/preference_loss"] = -F.logsigmoid(margins).mean().item()
 
         # =================================================================================================== EVALUATE
         if progress["iteration"] % args.eval_every == 0 or finished:
@@ -869,8 +876,8 @@ if __name__ == "__main__":
         if args.track:
             wandb.log(row, step=step)
         bar.set_postfix_str(
-            f"true return {last_return}, reward gap {row['reward/gap']:.2f}, "
-            f"preference accuracy {row['reward/preference_accuracy']:.0%}, env steps {progress['env_steps']}"
+            f"true return {last_return}, reward gap {row.get('reward/gap', math.nan):.2f}, "
+            f"preference accuracy {row.get('reward/preference_accuracy', math.nan):.2f}"
         )
 
         # ================================================================================================= CHECKPOINT
