@@ -5,7 +5,24 @@ arXiv 2406.06874: Algorithm 1 on MuJoCo robots (Section 6.1, A.2.1). Equation nu
 
     python aihf_sac_mujoco.py --env Hopper-v4
 
-HEADER_TODO
+learns to hop from 10 demonstrations and 2,000 preferences between 50-step segments (data_gen/assets/mujoco/Hopper-v4),
+prints the true return as it goes, used for nothing else, and writes runs/<run_name>/metrics.csv, learning_curve.png.
+TIMES
+
+The main loop is at the end: LOWER LEVEL aligns the policy to the reward by SAC, SAMPLE plays it, UPPER LEVEL moves the
+reward along α g1 + g2, where demonstration_gradient is g1 and preference_gradient g2.
+
+Where the paper leaves a choice, or this file departs from it, and why:
+- "10k demonstrations, 20k preferences" are environment steps; R(τ) of a preference is a sum over 50 steps, because sums
+  over whole episodes saturate σ in (11).
+- g1 (Lemma 5.1) is linear in the reward and grows without bound. Here r lies in (0, 4), never negative so that falling
+  does not pay, and slopes above 1 between data and rollouts are penalised (as in Wasserstein GANs, Petzka et al. 2018).
+  Without the penalty the reward runs into its bound and HalfCheetah fails; the README lists what else was tried.
+- R(τ) in g1 is a per-step mean by default: discounted sums (--return-form discounted, the paper's) forget what
+  happens after a few hundred steps. Its scale 1 / (1 - γ) makes α = 1 mean what it does there.
+- 20 Adam steps of 3e-4 on the reward per iteration, instead of one of 1e-4: the paper's runs are several times longer.
+- SAC learns with 1e-3 (paper: 3e-3) and tunes the entropy coefficient β; the paper's derivation has it fixed
+  (--entropy-coefficient 0.2).
 """
 
 import csv
@@ -26,11 +43,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.func import grad, grad_and_value
 from tqdm import tqdm
-
-EPISODES = {"demonstrations": "high", "preferred": "medium", "other": "low"}
 
 
 @dataclass
@@ -40,9 +56,11 @@ class Args:
     seed: int = 1
     """seeds everything: networks, exploration, batches, rollouts; evaluation has fixed seeds of its own"""
     total_timesteps: int | None = None
-    """SAC steps: environment steps taken to train the policy, with one update each (rollouts and evaluation apart)"""
+    """SAC steps: environment steps taken to train the policy, with one update each; rollouts and evaluation are apart.
+    Default: 300k for Hopper, 400k for HalfCheetah, 500k for Walker2d"""
     data_dir: str = ""
-    """folder with high.npz (demonstrations), medium.npz, low.npz and pairs.csv; default data_gen/assets/mujoco/<env>"""
+    """folder with high.npz (the demonstrations), medium.npz, low.npz and pairs.csv (the preferences between these);
+    default data_gen/assets/mujoco/<env>"""
 
     # Upper level: the reward
     demo_weight: float = 1.0
@@ -54,7 +72,7 @@ class Args:
     rollout_steps_per_iteration: int = 2_000
     """fresh episodes of the current policy for g1: whole ones, until they have this many steps in all"""
     return_form: Literal["discounted", "sum", "mean"] = "mean"
-    """R(tau) in g1: the paper's discounted sum, or the per-step mean over (1 - gamma)"""
+    """R(tau) in g1: the paper's discounted sum, the undiscounted sum, or the per-step mean (see step_weights)"""
     segment_length: int = 50
     """steps of each side of a preference pair: at most what pairs.csv has"""
     preference_batch_size: int = 64
@@ -262,10 +280,8 @@ def compile_update(update, sac: SAC, obs_dim: int, act_dim: int, batch_size: int
     try:
         compiled(SAC(*(tensor.clone() for tensor in sac)), *batch)
     except Exception as error:  # whatever the compiler lacks, eager mode does not need it
-        reason = str(error).strip().split("\n")[0][:100]
-        print(
-            f"torch.compile failed ({reason}); the update runs eagerly, several times slower. Install a C++ compiler."
-        )
+        reason = str(error).strip().split("\n")[0][:80]
+        print(f"torch.compile failed ({reason}): eager updates, several times slower; is there a C++ compiler?")
         return update
     return compiled
 
@@ -330,21 +346,20 @@ def load_trajectories(path: Path, env: gym.Env, how_to_make: str) -> Trajectorie
             ends = file["terminations"].astype(bool) | file["truncations"].astype(bool)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         fail(f"{path} cannot be read as an .npz of plain arrays ({error}); make it anew with `{how_to_make}`")
-    steps, episodes = len(ends), int(ends.sum())
+    steps, episodes, wanted_actions = len(ends), int(ends.sum()), (len(ends), act_dim)
     if steps == 0:
         fail(f"{path} is empty: it holds no step; make it anew with `{how_to_make}`")
-    if actions.shape != (steps, act_dim) or observations.ndim != 2 or observations.shape[1] != obs_dim:
-        shapes = f"observations {observations.shape}, actions {actions.shape}, end flags {ends.shape}"
-        fail(f"{path} does not fit {env.spec.id}: {shapes}; wanted (steps + episodes, {obs_dim}), (steps, {act_dim})")
+    if observations.ndim != 2 or observations.shape[1] != obs_dim or actions.shape != wanted_actions:
+        wanted = f"wanted (steps + episodes, {obs_dim}) and {wanted_actions}"
+        fail(f"{path} does not fit {env.spec.id}: observations {observations.shape}, actions {actions.shape}; {wanted}")
     if not ends[-1] or len(observations) != steps + episodes:
         fail(
-            f"{path}: episode ends do not add up: {steps} steps and {episodes} end flags "
-            f"({'the last step has one' if ends[-1] else 'none on the last step'}) need {steps + episodes} observations, "
-            f"it has {len(observations)}"
+            f"{path}: episode ends do not add up: {steps} steps, the last one{'' if ends[-1] else ' not'} an end, and "
+            f"{episodes} ends need {steps + episodes} observations; it has {len(observations)}"
         )
     for key, array in (("observations", observations), ("actions", actions)):
         if not np.isfinite(array).all():
-            fail(f"{path}: {key} holds NaN or infinity in row {int(np.argwhere(~np.isfinite(array))[0, 0])}")
+            fail(f"{path}: {key} holds NaN or infinity in row {np.argwhere(~np.isfinite(array))[0, 0]}")
     lengths = np.diff(np.flatnonzero(ends), prepend=-1)
     obs = np.delete(observations, np.cumsum(lengths + 1) - 1, axis=0)  # an episode's last observation has no action
     low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
@@ -359,22 +374,19 @@ def load_pairs(path: Path, tiers: dict[str, Trajectories], segment_length: int, 
     try:
         with open(path, newline="") as file:
             for line, row in enumerate(csv.DictReader(file), start=2):
-                sides = []
+                sides, where = [], f"{path} line {line}"
                 for side in "ab":
                     tier, episode = row[f"tier_{side}"], int(row[f"episode_{side}"])
                     start, length = int(row[f"start_{side}"]), int(row[f"length_{side}"])
                     if tier not in tiers or not 0 <= episode < len(tiers[tier].lengths):
-                        fail(
-                            f"{path} line {line}: there is no episode {episode} in a tier {tier!r} of {', '.join(tiers)}"
-                        )
-                    steps = tiers[tier].lengths[episode]
-                    if not 0 <= start <= steps - length:
-                        fail(f"{path} line {line}: steps {start} to {start + length} leave the episode's {steps}")
+                        fail(f"{where}: no episode {episode} in a tier {tier!r}; the tiers are {', '.join(tiers)}")
+                    if not 0 <= start <= tiers[tier].lengths[episode] - length:
+                        fail(f"{where}: step {start} + {length} is past the episode's {tiers[tier].lengths[episode]}")
                     if length < segment_length:
-                        fail(f"{path} line {line}: segments of {length} steps are shorter than --segment-length")
+                        fail(f"{where}: segments of {length} steps are shorter than --segment-length {segment_length}")
                     sides.append((tier, episode, start))
                 if row["label"] not in ("0", "1"):
-                    fail(f"{path} line {line}: label {row['label']!r}; wanted 1 (a preferred) or 0 (b preferred)")
+                    fail(f"{where}: label {row['label']!r}; wanted 1 (a preferred) or 0 (b preferred)")
                 pairs.append(sides if row["label"] == "1" else sides[::-1])
     except (KeyError, TypeError, ValueError) as error:
         fail(f"{path} is not a table of pairs ({error!r}); make it anew with `{how_to_make}`")
@@ -401,7 +413,7 @@ def step_weights(lengths: np.ndarray, form: str, gamma: float, horizon: int) -> 
     """Weights (N,) of the steps of trajectories of these lengths, so that Σ weight · r = mean over trajectories of R.
 
     discounted: R(τ) = Σ_t γ^t r_t, the paper's; what comes after a termination is worth 0.
-    sum: R(τ) = Σ_t r_t / (horizon (1 - γ)): the same, started from any step of the trajectory alike, not from its first.
+    sum: R(τ) = Σ_t r_t / (horizon (1 - γ)): the same, begun at any step of the trajectory alike, not at its first.
     mean: R(τ) = Σ_t r_t / (T (1 - γ)): what a trajectory is like, however soon it ends.
     A constant reward gives all three the same R on an endless trajectory.
     """
@@ -441,52 +453,49 @@ def smoothness_gradient(theta: Tensor, r, x: Tensor) -> Tensor:
     return grad(penalty)(theta)
 
 
-def between(demos: Tensor, rollouts: Tensor, count: int, rng: np.random.Generator) -> Tensor:
-    """Random points (count, d) on lines from a demonstrated step to one of the policy (Gulrajani et al. 2017)."""
-    i, j = (torch.from_numpy(rng.integers(len(steps), size=count)).to(steps.device) for steps in (demos, rollouts))
-    return torch.lerp(demos[i], rollouts[j], torch.from_numpy(rng.random((count, 1), np.float32)).to(demos.device))
+def between(data: Tensor, rollouts: Tensor, count: int, rng: np.random.Generator) -> Tensor:
+    """Random points (count, d) on lines from a step in the data to one of the policy (Gulrajani et al. 2017)."""
+    i, j = (torch.from_numpy(rng.integers(len(x), size=count)).to(x.device) for x in (data, rollouts))
+    return torch.lerp(data[i], rollouts[j], torch.from_numpy(rng.random((count, 1), np.float32)).to(data.device))
 
 
 # ------------------------------------------------------------------------------------------- evaluate, save and resume
+def play(env: gym.Env, actor_layers: list, seed: int, rng: np.random.Generator | None = None):
+    """One episode, stochastic with an rng and deterministic without: obs (T, obs_dim), actions (T, act_dim) in [-1, 1]
+    and true rewards (T,), which only evaluate may look at."""
+    all_obs, all_actions, true_rewards, done = [], [], [], False
+    obs, _ = env.reset(seed=seed)
+    while not done:
+        noise = rng.standard_normal(env.action_space.shape[0], np.float32) if rng else 0.0
+        all_obs.append(obs)
+        all_actions.append(act(actor_layers, obs, noise))
+        obs, true_reward, terminated, truncated, _ = env.step(all_actions[-1])
+        true_rewards.append(true_reward)
+        done = terminated or truncated
+    return np.array(all_obs, np.float32), np.array(all_actions, np.float32), np.array(true_rewards)
+
+
 def rollout(env: gym.Env, actor_layers: list, steps: int, rng: np.random.Generator) -> Trajectories:
-    """Whole episodes of the stochastic policy, at least `steps` in all; the environment's reward is dropped unread."""
-    all_obs, all_actions, lengths = [], [], []
-    while len(all_obs) < steps:
-        obs, _ = env.reset(seed=int(rng.integers(2**31)))
-        start, done = len(all_obs), False
-        while not done:
-            action = act(actor_layers, obs, rng.standard_normal(env.action_space.shape[0], np.float32))
-            all_obs.append(obs)
-            all_actions.append(action)
-            obs, _, terminated, truncated, _ = env.step(action)
-            done = terminated or truncated
-        lengths.append(len(all_obs) - start)
-    return Trajectories(np.array(all_obs, np.float32), np.array(all_actions, np.float32), np.array(lengths))
+    """Whole episodes of the stochastic policy, at least `steps` in all; the true rewards are dropped unread."""
+    episodes = []
+    while sum(len(actions) for _, actions in episodes) < steps:
+        episodes.append(play(env, actor_layers, int(rng.integers(2**31)), rng)[:2])
+    obs, actions = (np.concatenate(arrays) for arrays in zip(*episodes))
+    return Trajectories(obs, actions, np.array([len(actions) for _, actions in episodes]))
 
 
 def evaluate(env: gym.Env, actor_layers: list, episodes: int, learned_reward) -> dict[str, float]:
     """The only reader of the true reward: deterministic episodes from fixed seeds, and how the learned reward
     correlates with the true one over their steps. learned_reward maps obs (n, ·) and actions (n, ·) to (n,)."""
-    returns, lengths, true_rewards, all_obs, all_actions = [], [], [], [], []
-    for episode in range(episodes):
-        obs, _ = env.reset(seed=10_000 + episode)
-        start, done = len(true_rewards), False
-        while not done:
-            action = act(actor_layers, obs, 0.0)
-            all_obs.append(obs)
-            all_actions.append(action)
-            obs, true_reward, terminated, truncated, _ = env.step(action)
-            true_rewards.append(true_reward)
-            done = terminated or truncated
-        returns.append(sum(true_rewards[start:]))
-        lengths.append(len(true_rewards) - start)
-    learned = learned_reward(np.array(all_obs, np.float32), np.array(all_actions, np.float32))
+    played = [play(env, actor_layers, seed=10_000 + episode) for episode in range(episodes)]
+    returns = [true_rewards.sum() for _, _, true_rewards in played]
+    obs, actions, true_rewards = (np.concatenate(arrays) for arrays in zip(*played))
     with np.errstate(invalid="ignore"):  # a constant reward has no correlation: nan
-        correlation = np.corrcoef(learned, true_rewards)[0, 1]
+        correlation = np.corrcoef(learned_reward(obs, actions), true_rewards)[0, 1]
     return {
         "eval/return_mean": float(np.mean(returns)),
         "eval/return_std": float(np.std(returns)),
-        "eval/length_mean": float(np.mean(lengths)),
+        "eval/length_mean": len(true_rewards) / episodes,
         "eval/reward_correlation": float(correlation),
     }
 
@@ -537,31 +546,10 @@ def stop_if_not_finite(step: int, run_dir: Path, **tensors: Tensor) -> None:
             raise SystemExit(1)
 
 
-def check_video(env_id: str) -> None:
-    """Fails, before a run begins, if its video could not be written at the end."""
-    try:
-        import moviepy  # noqa: F401
-
-        env = make_env(env_id, render_mode="rgb_array")
-        env.reset()
-        env.render()
-        env.close()
-    except ImportError:
-        fail("--capture-video needs moviepy: pip install -e '.[video]'")
-    except Exception as error:  # MuJoCo, OpenGL and EGL each have errors of their own
-        fail(
-            f"--capture-video cannot render here ({str(error).splitlines()[0]}); try MUJOCO_GL=egl or MUJOCO_GL=osmesa"
-        )
-
-
-def capture_video(env_id: str, run_dir: Path, actor_layers: list) -> Path:
-    """Write a video of one deterministic episode."""
+def record_video(env_id: str, run_dir: Path, actor_layers: list) -> Path:
+    """Write a video of one deterministic episode; returns its folder."""
     env = gym.wrappers.RecordVideo(make_env(env_id, render_mode="rgb_array"), str(run_dir / "video"), lambda _: True)
-    obs, _ = env.reset(seed=10_000)
-    done = False
-    while not done:
-        obs, _, terminated, truncated, _ = env.step(act(actor_layers, obs, 0.0))
-        done = terminated or truncated
+    play(env, actor_layers, seed=10_000)
     env.close()
     return run_dir / "video"
 
@@ -613,9 +601,7 @@ def parse_args() -> Args:
         args = tyro.cli(Args, default=saved)  # flags given now win over the run's own ...
         for field in fields(Args):  # ... where that does not make it another run
             if field.name not in MAY_CHANGE and getattr(args, field.name) != getattr(saved, field.name):
-                fail(
-                    f"the run in {path.parent} goes on with its own arguments: leave out --{field.name.replace('_', '-')}"
-                )
+                fail(f"a run goes on with its own arguments: leave out --{field.name.replace('_', '-')}")
         return args
     defaults = ENV_DEFAULTS.get(args.env.split("-v")[0], ENV_DEFAULTS["Hopper"])
     for name, value in defaults.items():
@@ -648,18 +634,11 @@ def check_args(args: Args) -> None:
 
 SCRIPT = "aihf_sac_mujoco"
 BLOCK = 50  # environment steps, then as many updates: Spinning Up's update_every
-MAY_CHANGE = {
-    "resume",
-    "evaluate",
-    "total_timesteps",
-    "eval_episodes",
-    "checkpoint_every",
-    "compile",
-    "cuda",
-    "threads",
-}
-MAY_CHANGE |= {"track", "wandb_project_name", "wandb_entity", "capture_video"}
-MAY_BE_ZERO = {"seed", "demo_weight", "preference_weight", "gradient_penalty"}
+MAY_CHANGE = (  # from a run to its continuation
+    "resume evaluate total_timesteps eval_episodes checkpoint_every compile cuda threads "
+    "track wandb_project_name wandb_entity capture_video"
+).split()
+MAY_BE_ZERO = ("seed", "demo_weight", "preference_weight", "gradient_penalty")
 METRICS = (
     "charts/iteration charts/sac_steps charts/env_steps charts/SPS charts/wall_seconds charts/episode_length "
     "losses/q losses/policy losses/entropy losses/q_mean losses/beta "
@@ -701,7 +680,7 @@ if __name__ == "__main__":
         return Weighted(features(*to_device(trajectories.obs, trajectories.actions)), weight.to(device))
 
     data = {tier: weighted(tiers[tier]) for tier in tiers}
-    data_x = torch.cat([data[tier].x for tier in tiers])
+    anchors = data["high"].x if args.demo_weight else torch.cat([data["medium"].x, data["low"].x])
     if pairs:
         starts = {tier: np.cumsum(tiers[tier].lengths) - tiers[tier].lengths for tier in tiers}
         preferred, other = (  # (pairs, segment_length, obs_dim + act_dim) each
@@ -727,8 +706,16 @@ if __name__ == "__main__":
     # ----------------------------------------------------------------------- the run folder, new or of an earlier run
     run_dir = Path(args.resume or args.evaluate or Path(args.runs_dir) / args.run_name)
     checkpoint_path, csv_path = run_dir / "checkpoint.pt", run_dir / "metrics.csv"
-    if args.capture_video:
-        check_video(args.env)
+    if args.capture_video:  # now, not when the run is over
+        try:
+            import moviepy  # noqa: F401
+
+            video_env = make_env(args.env, render_mode="rgb_array")
+            video_env.reset()
+            video_env.render()
+        except Exception as error:  # MuJoCo, OpenGL and EGL each have errors of their own
+            reason = " ".join(str(error).split())[:100]
+            fail(f"--capture-video needs pip install -e '.[video]' and a renderer, see MUJOCO_GL ({reason})")
     if args.resume or args.evaluate:
         state = load_checkpoint(run_dir, sac, theta, data_hash)
         sac, progress = SAC(*(tensor.to(device) for tensor in state["sac"])), state["progress"]
@@ -737,10 +724,11 @@ if __name__ == "__main__":
         replay.rows[: len(state["replay"])], replay.size = state["replay"].numpy(), len(state["replay"])
         rng.bit_generator.state = json.loads(state["rng"])
     if args.evaluate:
-        scores = evaluate(eval_env, layers(sac.actor.cpu().numpy(), actor_sizes), args.eval_episodes, learned_reward)
+        actor_layers = layers(sac.actor.cpu().numpy(), actor_sizes)
+        scores = evaluate(eval_env, actor_layers, args.eval_episodes, learned_reward)
         print(f"true return {scores['eval/return_mean']:.0f} ± {scores['eval/return_std']:.0f}")
         if args.capture_video:
-            print(f"wrote {capture_video(args.env, run_dir, layers(sac.actor.cpu().numpy(), actor_sizes))}")
+            print(f"video in {record_video(args.env, run_dir, actor_layers)}")
         raise SystemExit
     if args.resume:
         with open(csv_path, "rb+") as file:
@@ -759,20 +747,16 @@ if __name__ == "__main__":
             "data_hash": data_hash,
         }
         write_atomically(checkpoint_path, lambda path: torch.save(state, path))
+        model = {"actor": sac.actor, "reward": theta.detach(), "obs_mean": obs_mean, "obs_std": obs_std}
+        write_atomically(run_dir / "model.safetensors", lambda path: save_file(model, path))
 
     if not args.resume:
         save_checkpoint()
     if args.track:
         import wandb
 
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            config=asdict(args),
-            name=run_dir.name,
-            id=run_dir.name,
-            resume="allow",
-        )
+        project, entity, name = args.wandb_project_name, args.wandb_entity, run_dir.name
+        wandb.init(project=project, entity=entity, name=name, id=name, resume="allow", config=asdict(args))
     interrupted, last_return = False, "not yet evaluated"
 
     def interrupt(signum, frame):
@@ -811,15 +795,13 @@ if __name__ == "__main__":
             if step >= args.learning_starts:
                 o, a, o2, end = replay.sample(block, args.batch_size, rng, device)
                 rewards = r(theta, features(o, a))  # relabelled: today's reward for transitions of any age
-                noise = torch.from_numpy(rng.standard_normal((block, 2, args.batch_size, act_dim), np.float32)).to(
-                    device
-                )
+                (noise,) = to_device(rng.standard_normal((block, 2, args.batch_size, act_dim), np.float32))
                 for i in range(block):
                     losses = update(sac, o[i], a[i], rewards[i], o2[i], end[i].squeeze(-1), noise[i])
                 stop_if_not_finite(step, run_dir, rewards=rewards, sac_losses=losses)
             bar.update(block)
 
-        # ====================================================================== SAMPLE: τ' ~ π_{k+1}, τ ~ D, (τ_l ≺ τ_w)
+        # ========================================================================================== SAMPLE: τ' ~ π_{k+1}
         actor_layers = layers(sac.actor.cpu().numpy(), actor_sizes)
         fresh = rollout(env, actor_layers, args.rollout_steps_per_iteration, rng)
         rollouts = weighted(fresh)
@@ -830,10 +812,10 @@ if __name__ == "__main__":
             if args.demo_weight:
                 gradient += args.demo_weight * demonstration_gradient(theta, r, data["high"], rollouts)
             if args.preference_weight:
-                batch = torch.from_numpy(rng.integers(len(pairs), size=args.preference_batch_size)).to(device)
+                (batch,) = to_device(rng.integers(len(pairs), size=args.preference_batch_size))
                 gradient += args.preference_weight * preference_gradient(theta, r, preferred[batch], other[batch])
             if args.gradient_penalty:
-                points = between(data_x, rollouts.x, args.penalty_batch_size, rng)
+                points = between(anchors, rollouts.x, args.penalty_batch_size, rng)
                 gradient -= args.gradient_penalty * smoothness_gradient(theta, r, points)
             theta.grad = -gradient  # Adam descends
             reward_optimizer.step()
@@ -864,13 +846,14 @@ if __name__ == "__main__":
             row["reward/preference_accuracy"] = (margins > 0).float().mean().item()
             row["reward/preference_loss"] = -F.logsigmoid(margins).mean().item()
 
+        row["charts/SPS"] = (step - first_step) / (time.perf_counter() - started)
+
         # =================================================================================================== EVALUATE
         if progress["iteration"] % args.eval_every == 0 or finished:
             row |= evaluate(eval_env, actor_layers, args.eval_episodes, learned_reward)
             last_return = f"{row['eval/return_mean']:.0f}"
-        seconds = time.perf_counter() - started
-        progress["wall_seconds"] += seconds
-        row |= {"charts/SPS": (step - first_step) / seconds, "charts/wall_seconds": progress["wall_seconds"]}
+        progress["wall_seconds"] += time.perf_counter() - started
+        row["charts/wall_seconds"] = progress["wall_seconds"]
         with open(csv_path, "a") as file:
             file.write(",".join(f"{row[name]:.6g}" if name in row else "" for name in METRICS) + "\n")
         if args.track:
@@ -888,5 +871,5 @@ if __name__ == "__main__":
         print(f"stopped at step {step}; carry on with: python {SCRIPT}.py --resume {run_dir}")
         raise SystemExit(130)
     if args.capture_video:
-        print(f"video in {capture_video(args.env, run_dir, layers(sac.actor.cpu().numpy(), actor_sizes))}")
+        print(f"video in {record_video(args.env, run_dir, actor_layers)}")
     print(f"final true return {last_return}; {draw_learning_curve(run_dir, data_dir)}")

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 # Table 1 of the paper: mean return of the demonstrations, and the shares of it that low and medium have.
 PAPER_TIERS = {"Hopper": (0.66, 0.85, 3560.0), "HalfCheetah": (0.62, 0.81, 11635.0), "Walker2d": (0.72, 0.93, 5453.0)}
-TRAINING_STEPS = {"Hopper": 400_000, "HalfCheetah": 1_000_000, "Walker2d": 1_000_000}
+TRAINING_STEPS = {"Hopper": 400_000, "HalfCheetah": 1_200_000, "Walker2d": 1_000_000}
 TIERS = ("low", "medium", "high")
 
 
@@ -226,10 +226,8 @@ def compile_update(update, sac: SAC, obs_dim: int, act_dim: int, batch_size: int
     try:
         compiled(SAC(*(tensor.clone() for tensor in sac)), *batch)
     except Exception as error:  # whatever the compiler lacks, eager mode does not need it
-        reason = str(error).strip().split("\n")[0][:100]
-        print(
-            f"torch.compile failed ({reason}); the update runs eagerly, several times slower. Install a C++ compiler."
-        )
+        reason = str(error).strip().split("\n")[0][:80]
+        print(f"torch.compile failed ({reason}): eager updates, several times slower; is there a C++ compiler?")
         return update
     return compiled
 
@@ -458,9 +456,9 @@ if __name__ == "__main__":
             os.replace(state_path.with_suffix(".tmp"), state_path)
     bar.close()
 
-    # -------------------------------------------------------------- 2. the tiers: three checkpoints by their true return
-    # Each tier's shortlist is the ten checkpoints whose three-episode return is nearest to its target; the one whose own
-    # episodes come nearest is kept, a quarter of their standard deviation counted as distance.
+    # ------------------------------------------------------------- 2. the tiers: three checkpoints by their true return
+    # Each tier's shortlist is the ten checkpoints whose three-episode return is nearest to its target; the one whose
+    # own episodes come nearest is kept, a quarter of their standard deviation counted as distance.
     rng = np.random.default_rng([args.seed, 1])
     low_share, medium_share, paper_high = PAPER_TIERS.get(name, (0.66, 0.85, math.inf))
     targets = dict(zip(TIERS, args.tier_targets)) or {"high": min(paper_high, max(c[1] for c in candidates))}
