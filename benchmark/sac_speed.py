@@ -1,0 +1,210 @@
+"""How fast is the SAC here? Environment steps per second of the whole training loop, beside two other libraries.
+
+    pip install -e '.[speed]'
+    python benchmark/sac_speed.py                      (and again with --hidden 256 256)
+
+prints a line for each measurement, then a table (median, min and max over the rounds of each library) and the ratios of
+ours to the others, round by round and their median; writes benchmark/results/sac_speed.csv, where a run replaces the
+rows of its own --hidden and --batch-size and keeps the rest. Allow half an hour for five rounds on a quiet core.
+
+The libraries take turns in every round, each measurement in a process of its own, all of them on the same one CPU core
+with one thread: environment steps, one SAC update (automatic entropy coefficient) for each, the same sizes of networks
+and batches. Neither compilation nor the first steps (random actions, then a thousand updates) are in the time.
+
+- aihf: aihf_sac_mujoco.py as shipped, from the charts/SPS it logs. Only SAC steps are counted, but rollouts, reward
+  updates and logging are in the time, which the others have not; evaluation and checkpoints are not in it.
+- aihf-lower-level: the same script with as little around SAC as its flags allow, in one policy alignment of --steps:
+  after it one reward update and one episode of rollouts, still in the time and not counted.
+- sb3, sbx: Stable-Baselines3 (PyTorch) and SBX (JAX), an update after each environment step, which is their default.
+- sb3-blocks, sbx-blocks: the same with 50 environment steps and then 50 updates, the order ours has and the fair one to
+  compare its update with: SBX compiles the 50 into one call.
+"""
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK, ITERATION = 50, 5_000  # BLOCK and policy_steps_per_iteration of aihf_sac_mujoco.py
+OURS, OTHERS = ("aihf", "aihf-lower-level"), ("sb3", "sbx", "sb3-blocks", "sbx-blocks")
+TURNS = ("aihf", "sb3", "sbx", "aihf-lower-level", "sb3-blocks", "sbx-blocks")
+COLUMNS = ("library", "hidden", "batch", "round", "steps_per_second")
+ONE_THREAD = {
+    **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+    "JAX_PLATFORMS": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+@dataclass
+class Args:
+    env: str = "HalfCheetah-v4"
+    """a MuJoCo environment of Gymnasium that there is data for"""
+    data_dir: str = ""
+    """the data aihf_sac_mujoco.py trains on; default data_gen/assets/mujoco/<env>"""
+    hidden: tuple[int, ...] = (64, 64)
+    """hidden layers of the policy, of each Q network and of our reward"""
+    batch_size: int = 256
+    """transitions in an update"""
+    rounds: int = 5
+    """measurements of each library"""
+    steps: int = 10_000
+    """environment steps in each: a multiple of 5000, the length of a policy alignment; fewer (a multiple of 50) make
+    one short alignment, in which the rollouts weigh more"""
+    core: int | None = None
+    """the CPU core everything runs on (Linux); default the last one"""
+    results: Path = ROOT / "benchmark" / "results" / "sac_speed.csv"
+    """the file to write"""
+
+
+def fail(message: str, code: int = 2):
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def run(*command: str) -> str:
+    """What a process prints; if it fails, so do we, with the last line of its errors and its exit code."""
+    process = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
+    if process.returncode:
+        last_line = (process.stderr.strip() or "no message").splitlines()[-1]
+        fail(last_line.removeprefix("error: "), process.returncode)
+    return process.stdout
+
+
+def measure_ours(library: str, args: Args, seed: int) -> float:
+    """SPS of the iterations after the first (random actions, warm-up) and before the last (which evaluates)."""
+    iteration, flags = min(args.steps, ITERATION), []
+    if library == "aihf-lower-level":
+        iteration = args.steps
+        flags = ["--reward-updates-per-iteration", "1", "--rollout-steps-per-iteration", "1"]
+    flags += ["--data-dir", str(Path(args.data_dir).resolve())] if args.data_dir else []
+    with tempfile.TemporaryDirectory() as runs_dir:
+        options = f"""--env {args.env} --seed {seed} --total-timesteps {iteration + args.steps + BLOCK}
+            --policy-steps-per-iteration {iteration} --learning-starts {random_steps(args.steps)}
+            --hidden {" ".join(map(str, args.hidden))} --batch-size {args.batch_size}
+            --eval-every {10**9} --eval-episodes 1 --checkpoint-every {10**9} --threads 1 --no-cuda --run-name speed"""
+        printed = run("aihf_sac_mujoco.py", *options.split(), "--runs-dir", runs_dir, *flags)
+        if "torch.compile failed" in printed:
+            fail("torch.compile failed, and without it this measures something else; install a C++ compiler", 1)
+        with open(Path(runs_dir) / "speed" / "metrics.csv", newline="") as file:
+            speeds = [float(row["charts/SPS"]) for row in csv.DictReader(file)][1:-1]
+    return len(speeds) / sum(1 / speed for speed in speeds)  # iterations are equally long: steps over seconds
+
+
+def random_steps(steps: int) -> int:
+    """Random actions before the first update: four fifths of the first alignment."""
+    return min(steps, ITERATION) * 4 // 5
+
+
+def measure_other(library: str, env: str, hidden: list[int], batch_size: int, steps: int, seed: int) -> float:
+    """Stable-Baselines3 or SBX in this process, with the defaults of aihf_sac_mujoco.py."""
+    import gymnasium as gym
+    import torch
+
+    if library.startswith("sbx"):
+        from sbx import SAC
+    else:
+        from stable_baselines3 import SAC
+
+    torch.set_num_threads(1)
+    gym.logger.min_level = gym.logger.ERROR
+    warm_up, every = min(steps, ITERATION), BLOCK if library.endswith("blocks") else 1
+    model = SAC(
+        "MlpPolicy",
+        gym.make(env, disable_env_checker=True),
+        learning_rate=1e-3,
+        buffer_size=warm_up + steps,
+        learning_starts=random_steps(steps),
+        batch_size=batch_size,
+        tau=0.005,
+        gamma=0.99,
+        train_freq=every,
+        gradient_steps=every,
+        ent_coef="auto",
+        policy_kwargs={"net_arch": list(hidden)},
+        seed=seed,
+        device="cpu",
+    )
+    model.learn(warm_up)
+    started, first_update = time.perf_counter(), model._n_updates
+    model.learn(steps, reset_num_timesteps=False)
+    seconds = time.perf_counter() - started
+    assert model.num_timesteps == warm_up + steps and model._n_updates - first_update == steps
+    return steps / seconds
+
+
+def summary(rows: list[dict]) -> str:
+    """The table of speeds and that of ratios, from rows of one --hidden and --batch-size with all libraries in each
+    round. The median ratio is that of the rounds' ratios: what slows a whole round down leaves it alone."""
+    speeds = {name: [float(row["steps_per_second"]) for row in rows if row["library"] == name] for name in TURNS}
+    lines = [f"{'steps per second':<30}{'median':>8}{'min':>8}{'max':>8}"]
+    for name in OURS + OTHERS:
+        lines.append(f"{name:<30}{median(speeds[name]):8.0f}{min(speeds[name]):8.0f}{max(speeds[name]):8.0f}")
+    lines += ["", f"{'ratio':<30}{'median':>8}  round by round"]
+    for ours in OURS:
+        for other in OTHERS:
+            ratios = [a / b for a, b in zip(speeds[ours], speeds[other], strict=True)]
+            each = " ".join(f"{ratio:.2f}" for ratio in ratios)
+            lines.append(f"{f'{ours} / {other}':<30}{median(ratios):8.2f}  {each}")
+    return "\n".join(lines)
+
+
+def save(path: Path, rows: list[dict]) -> None:
+    """Write the rows in place of those with the same hidden and batch."""
+    measured, kept = {(row["hidden"], str(row["batch"])) for row in rows}, []
+    if path.is_file():
+        with open(path, newline="") as file:
+            kept = [row for row in csv.DictReader(file) if (row["hidden"], row["batch"]) not in measured]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept + rows)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:  # one measurement of another library, for the process below
+        print(measure_other(**json.loads(sys.argv[2])))
+        raise SystemExit
+    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    if missing := [name for name in ("stable_baselines3", "sbx") if find_spec(name) is None]:
+        fail(f"{' and '.join(missing)} cannot be imported; install the libraries with pip install -e '.[speed]'")
+    if args.rounds < 1 or args.steps < 10 * BLOCK or args.steps % math.lcm(BLOCK, min(args.steps, ITERATION)):
+        fail("--rounds must be at least 1, --steps a multiple of 5000, or of 50 from 500 to 5000")
+    os.environ.update(ONE_THREAD)  # this and the core are handed down to every measurement
+    if hasattr(os, "sched_setaffinity"):
+        cores = os.sched_getaffinity(0)
+        if args.core is not None and args.core not in cores:
+            fail(f"--core must be one of {sorted(cores)}")
+        os.sched_setaffinity(0, {max(cores) if args.core is None else args.core})
+
+    packages = ("torch", "stable_baselines3", "sbx-rl", "jax", "gymnasium", "mujoco")
+    print(f"{args.env}, hidden {args.hidden}, batch {args.batch_size}, {args.steps} steps;", end=" ")
+    print(", ".join(f"{name} {version(name)}" for name in packages))
+    rows = []
+    for number in range(1, args.rounds + 1):
+        for library in TURNS:
+            if library in OURS:
+                speed = measure_ours(library, args, seed=number)
+            else:
+                names = ("env", "hidden", "batch_size", "steps")
+                task = {"library": library, "seed": number, **{name: getattr(args, name) for name in names}}
+                speed = float(run(str(Path(__file__).resolve()), "--worker", json.dumps(task)).split()[-1])
+            print(f"round {number}: {library} {speed:.0f} steps/s", flush=True)
+            values = (library, "x".join(map(str, args.hidden)), args.batch_size, number, f"{speed:.6g}")
+            rows.append(dict(zip(COLUMNS, values)))
+        save(args.results, rows)
+    print(f"\n{summary(rows)}\n\nwrote {args.results}")
