@@ -15,9 +15,10 @@ reward along α g1 + g2, where demonstration_gradient is g1 and preference_gradi
 Where the paper leaves a choice, or this file departs from it, and why:
 - "10k demonstrations, 20k preferences" are environment steps; R(τ) of a preference is a sum over 50 steps, because sums
   over whole episodes saturate σ in (11).
-- g1 (Lemma 5.1) is linear in the reward and grows without bound. Here r lies in (0, 4), never negative so that falling
-  does not pay, and slopes above 1 between data and rollouts are penalised (as in Wasserstein GANs, Petzka et al. 2018).
-  Without the penalty the reward runs into its bound and HalfCheetah fails; the README lists what else was tried.
+- g1 (Lemma 5.1) is linear in the reward and grows without bound. Here r lies in a range, 0 to 4 where falling ends an
+  episode, so that falling does not pay; and slopes above 1 between demonstrations and rollouts are penalised, as in
+  Wasserstein GANs (Petzka et al. 2018). Without the penalty the reward runs into its bounds and HalfCheetah fails; the
+  README lists what else was tried.
 - R(τ) in g1 is a per-step mean by default: discounted sums (--return-form discounted, the paper's) forget what
   happens after a few hundred steps. Its scale 1 / (1 - γ) makes α = 1 mean what it does there.
 - 20 Adam steps of 3e-4 on the reward per iteration, instead of one of 1e-4: the paper's runs are several times longer.
@@ -79,8 +80,9 @@ class Args:
     """pairs in each reward update"""
     reward_learning_rate: float = 3e-4
     """Adam's, for the reward (paper: 1e-4, with several times more iterations)"""
-    reward_bound: float = 4.0
-    """the reward lies between 0 and this"""
+    reward_range: tuple[float, float] | None = None
+    """the reward lies between these. Default: -10 10 for HalfCheetah, which cannot fall, and 0 4 for anything else: a
+    reward that is never negative does not make falling, after which all is worth 0, pay"""
     gradient_penalty: float = 1000.0
     """weight of the penalty on slopes of the reward above 1, without which Lemma 5.1's linear g1 runs into the bound"""
     penalty_batch_size: int = 500
@@ -93,6 +95,8 @@ class Args:
     """steps of uniformly random actions before the first update"""
     learning_rate: float = 1e-3
     """Adam's, for policy, Q networks and entropy coefficient (paper: 3e-3; the authors' code: 1e-3)"""
+    anneal: bool = True
+    """let both learning rates fall linearly to 0 over the run, so that it ends on a settled policy (paper: no)"""
     batch_size: int = 256
     """transitions in an update"""
     entropy_coefficient: str = "auto"
@@ -135,11 +139,11 @@ class Args:
     """write a video of the final policy to the run folder (pip install -e '.[video]')"""
 
 
-# What differs between environments: how long they take.
+# What differs between environments: how long they take, and whether an episode can end by a fall.
 ENV_DEFAULTS = {
-    "Hopper": {"total_timesteps": 300_000},
-    "HalfCheetah": {"total_timesteps": 400_000},
-    "Walker2d": {"total_timesteps": 500_000},
+    "Hopper": {"total_timesteps": 300_000, "reward_range": (0.0, 4.0)},
+    "HalfCheetah": {"total_timesteps": 400_000, "reward_range": (-10.0, 10.0)},
+    "Walker2d": {"total_timesteps": 500_000, "reward_range": (0.0, 4.0)},
 }
 
 
@@ -226,7 +230,7 @@ def init_sac(actor_sizes, critic_sizes, beta: float, rng: np.random.Generator, d
     return SAC(*(p.to(device) for p in (actor, critics, critics.clone(), log_beta, *moments, torch.tensor(0.0))))
 
 
-def adam_(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, updates: Tensor, learning_rate: float) -> None:
+def adam_(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, updates: Tensor, learning_rate: Tensor) -> None:
     """One step of Adam (Kingma and Ba 2015, Algorithm 1), in place: torch.optim would break the compiled graph."""
     m.lerp_(grad, 0.1)
     v.lerp_(grad * grad, 0.001)
@@ -234,10 +238,10 @@ def adam_(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, updates: Tensor, le
     param.sub_(learning_rate * m_hat / (v_hat.sqrt() + 1e-8))
 
 
-def make_sac_update(actor_sizes, critic_sizes, learning_rate, gamma, tau, auto_beta, target_entropy):
+def make_sac_update(actor_sizes, critic_sizes, gamma, tau, auto_beta, target_entropy):
     """The SAC update (Haarnoja et al. 2018) as one function of tensors, fit to be compiled into one graph."""
 
-    def update(sac: SAC, obs, action, reward, next_obs, terminated, noise) -> Tensor:
+    def update(sac: SAC, learning_rate, obs, action, reward, next_obs, terminated, noise) -> Tensor:
         """One step on a batch; noise (2, batch, act_dim). Returns (4,): Q loss, policy loss, entropy, mean Q."""
         sac.updates.add_(1)
         beta = sac.log_beta.exp()
@@ -273,12 +277,12 @@ def make_sac_update(actor_sizes, critic_sizes, learning_rate, gamma, tau, auto_b
 
 def compile_update(update, sac: SAC, obs_dim: int, act_dim: int, batch_size: int):
     """The update compiled and warmed up on copies; as it was, with a printed line, where that cannot be done."""
-    shapes = [(batch_size, obs_dim), (batch_size, act_dim), (batch_size,), (batch_size, obs_dim), (batch_size,)]
-    batch = [torch.zeros(shape, device=sac.actor.device) for shape in (*shapes, (2, batch_size, act_dim))]
+    shapes = [(), (batch_size, obs_dim), (batch_size, act_dim), (batch_size,), (batch_size, obs_dim), (batch_size,)]
+    inputs = [torch.zeros(shape, device=sac.actor.device) for shape in (*shapes, (2, batch_size, act_dim))]
     compiled = torch.compile(update, fullgraph=True, dynamic=False)
     print("compiling the SAC update: half a minute the first time, seconds from the cache", flush=True)
     try:
-        compiled(SAC(*(tensor.clone() for tensor in sac)), *batch)
+        compiled(SAC(*(tensor.clone() for tensor in sac)), *inputs)
     except Exception as error:  # whatever the compiler lacks, eager mode does not need it
         reason = str(error).strip().split("\n")[0][:80]
         print(f"torch.compile failed ({reason}): eager updates, several times slower; is there a C++ compiler?")
@@ -403,10 +407,10 @@ class Weighted(NamedTuple):
     weight: Tensor  # (N,)
 
 
-def reward(theta: Tensor, x: Tensor, sizes: tuple[int, ...], bound: float) -> Tensor:
-    """r(s, a; θ) in (0, bound) for x (..., obs_dim + act_dim): (...,). A sigmoid of slope 1 at the middle: unlike a
-    clamp it has a gradient everywhere. Never negative, so that falling, after which all is worth 0, does not pay."""
-    return bound * torch.sigmoid(4 / bound * mlp(theta, x, sizes).squeeze(-1))
+def reward(theta: Tensor, x: Tensor, sizes: tuple[int, ...], low: float, high: float) -> Tensor:
+    """r(s, a; θ) in (low, high) for x (..., obs_dim + act_dim): (...,). A sigmoid of slope 1 in the middle: unlike a
+    clamp, it has a gradient everywhere."""
+    return low + (high - low) * torch.sigmoid(4 / (high - low) * mlp(theta, x, sizes).squeeze(-1))
 
 
 def step_weights(lengths: np.ndarray, form: str, gamma: float, horizon: int) -> Tensor:
@@ -594,7 +598,7 @@ def parse_args() -> Args:
             saved = json.loads(path.read_text())
             if saved.pop("script") != SCRIPT:
                 raise KeyError("script")
-            saved["hidden"] = tuple(saved["hidden"])
+            saved |= {key: tuple(saved[key]) for key in ("hidden", "reward_range")}
             saved = Args(**saved)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             fail(f"{path} is not the args.json of a run of {SCRIPT}.py; give the run's folder, such as runs/<run_name>")
@@ -624,6 +628,8 @@ def check_args(args: Args) -> None:
         fail("--demo-weight and --preference-weight are both 0: there is nothing to learn a reward from")
     if args.gamma >= 1 or args.tau > 1:
         fail("--gamma must be below 1 and --tau at most 1")
+    if not -math.inf < args.reward_range[0] < args.reward_range[1] < math.inf:
+        fail("--reward-range takes two numbers, the lower one first, such as --reward-range 0 4")
     if not args.hidden or min(args.hidden) < 1:
         fail("--hidden takes one or more widths of at least 1, such as --hidden 64 64")
     try:
@@ -698,7 +704,7 @@ if __name__ == "__main__":
     progress = {"iteration": 0, "sac_steps": 0, "env_steps": 0, "wall_seconds": 0.0, "csv_bytes": 0}
 
     def r(theta: Tensor, x: Tensor) -> Tensor:
-        return reward(theta, x, critic_sizes, args.reward_bound)
+        return reward(theta, x, critic_sizes, *args.reward_range)
 
     def learned_reward(obs: np.ndarray, actions: np.ndarray) -> np.ndarray:
         return r(theta, features(*to_device(obs, actions))).cpu().numpy()
@@ -766,9 +772,7 @@ if __name__ == "__main__":
         tqdm.write("Ctrl-C: finishing this iteration, then saving; once more to stop at once")
 
     signal.signal(signal.SIGINT, interrupt)
-    update = make_sac_update(
-        actor_sizes, critic_sizes, args.learning_rate, args.gamma, args.tau, auto_beta, -float(act_dim)
-    )
+    update = make_sac_update(actor_sizes, critic_sizes, args.gamma, args.tau, auto_beta, -float(act_dim))
     if args.compile:
         update = compile_update(update, sac, obs_dim, act_dim, args.batch_size)
     bar = tqdm(total=args.total_timesteps, initial=progress["sac_steps"], desc=args.env, unit="step", mininterval=1.0)
@@ -779,6 +783,8 @@ if __name__ == "__main__":
 
         # ============================================================= LOWER LEVEL (8b): align the policy to r(·; θ_k)
         last_step = min(step + args.policy_steps_per_iteration, args.total_timesteps)
+        share_left = 1 - step / args.total_timesteps if args.anneal else 1.0
+        learning_rate = torch.tensor(args.learning_rate * share_left, device=device)
         losses = torch.full((4,), math.nan)
         obs, _ = env.reset(seed=int(rng.integers(2**31)))
         while step < last_step:
@@ -797,16 +803,17 @@ if __name__ == "__main__":
                 rewards = r(theta, features(o, a))  # relabelled: today's reward for transitions of any age
                 (noise,) = to_device(rng.standard_normal((block, 2, args.batch_size, act_dim), np.float32))
                 for i in range(block):
-                    losses = update(sac, o[i], a[i], rewards[i], o2[i], end[i].squeeze(-1), noise[i])
+                    losses = update(sac, learning_rate, o[i], a[i], rewards[i], o2[i], end[i].squeeze(-1), noise[i])
                 stop_if_not_finite(step, run_dir, rewards=rewards, sac_losses=losses)
             bar.update(block)
 
-        # ========================================================================================== SAMPLE: τ' ~ π_{k+1}
+        # ======================================================================================= SAMPLE: τ' ~ π_{k+1}
         actor_layers = layers(sac.actor.cpu().numpy(), actor_sizes)
         fresh = rollout(env, actor_layers, args.rollout_steps_per_iteration, rng)
         rollouts = weighted(fresh)
 
         # ================================================ UPPER LEVEL (8a): θ_{k+1} = θ_k + η (α g1 + g2), kept smooth
+        reward_optimizer.param_groups[0]["lr"] = args.reward_learning_rate * share_left
         for _ in range(args.reward_updates_per_iteration):
             gradient = torch.zeros_like(theta)
             if args.demo_weight:

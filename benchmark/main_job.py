@@ -39,7 +39,9 @@ def collect(runs: Path) -> list[dict]:
 
 def summarise(rows: list[dict], manifests: dict[str, dict]) -> str:
     """The README's table: final and best true return of every seed, beside the data's."""
-    lines = ["| environment | seed | SAC steps | final return | best | demonstrations | final / demo | above medium | min |"]
+    lines = [
+        "| environment | seed | SAC steps | final return | best | demonstrations | final / demo | above medium | min |"
+    ]
     lines.append("|---|---|---|---|---|---|---|---|---|")
     for env in ENVS:
         tiers = manifests[env]["tiers"]

@@ -172,7 +172,7 @@ def init_sac(actor_sizes, critic_sizes, beta: float, rng: np.random.Generator, d
     return SAC(*(p.to(device) for p in (actor, critics, critics.clone(), log_beta, *moments, torch.tensor(0.0))))
 
 
-def adam_(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, updates: Tensor, learning_rate: float) -> None:
+def adam_(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, updates: Tensor, learning_rate: Tensor) -> None:
     """One step of Adam (Kingma and Ba 2015, Algorithm 1), in place: torch.optim would break the compiled graph."""
     m.lerp_(grad, 0.1)
     v.lerp_(grad * grad, 0.001)
@@ -180,10 +180,10 @@ def adam_(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, updates: Tensor, le
     param.sub_(learning_rate * m_hat / (v_hat.sqrt() + 1e-8))
 
 
-def make_sac_update(actor_sizes, critic_sizes, learning_rate, gamma, tau, auto_beta, target_entropy):
+def make_sac_update(actor_sizes, critic_sizes, gamma, tau, auto_beta, target_entropy):
     """The SAC update (Haarnoja et al. 2018) as one function of tensors, fit to be compiled into one graph."""
 
-    def update(sac: SAC, obs, action, reward, next_obs, terminated, noise) -> Tensor:
+    def update(sac: SAC, learning_rate, obs, action, reward, next_obs, terminated, noise) -> Tensor:
         """One step on a batch; noise (2, batch, act_dim). Returns (4,): Q loss, policy loss, entropy, mean Q."""
         sac.updates.add_(1)
         beta = sac.log_beta.exp()
@@ -219,12 +219,12 @@ def make_sac_update(actor_sizes, critic_sizes, learning_rate, gamma, tau, auto_b
 
 def compile_update(update, sac: SAC, obs_dim: int, act_dim: int, batch_size: int):
     """The update compiled and warmed up on copies; as it was, with a printed line, where that cannot be done."""
-    shapes = [(batch_size, obs_dim), (batch_size, act_dim), (batch_size,), (batch_size, obs_dim), (batch_size,)]
-    batch = [torch.zeros(shape, device=sac.actor.device) for shape in (*shapes, (2, batch_size, act_dim))]
+    shapes = [(), (batch_size, obs_dim), (batch_size, act_dim), (batch_size,), (batch_size, obs_dim), (batch_size,)]
+    inputs = [torch.zeros(shape, device=sac.actor.device) for shape in (*shapes, (2, batch_size, act_dim))]
     compiled = torch.compile(update, fullgraph=True, dynamic=False)
     print("compiling the SAC update: half a minute the first time, seconds from the cache", flush=True)
     try:
-        compiled(SAC(*(tensor.clone() for tensor in sac)), *batch)
+        compiled(SAC(*(tensor.clone() for tensor in sac)), *inputs)
     except Exception as error:  # whatever the compiler lacks, eager mode does not need it
         reason = str(error).strip().split("\n")[0][:80]
         print(f"torch.compile failed ({reason}): eager updates, several times slower; is there a C++ compiler?")
@@ -420,9 +420,10 @@ if __name__ == "__main__":
         replay.rows[: len(state["replay"])], replay.size = state["replay"].numpy(), len(state["replay"])
         rng.bit_generator.state = json.loads(state["rng"])
 
-    update = make_sac_update(actor_sizes, critic_sizes, args.learning_rate, args.gamma, args.tau, True, -float(act_dim))
+    update = make_sac_update(actor_sizes, critic_sizes, args.gamma, args.tau, True, -float(act_dim))
     if args.compile:
         update = compile_update(update, sac, obs_dim, act_dim, args.batch_size)
+    learning_rate = torch.tensor(args.learning_rate, device=device)
     bar = tqdm(total=total_timesteps, initial=step, desc=f"1/2 expert {args.env}", unit="step", mininterval=1.0)
     while step < total_timesteps:
         obs, _ = env.reset(seed=int(rng.integers(2**31)))
@@ -441,7 +442,7 @@ if __name__ == "__main__":
                 noise = rng.standard_normal((BLOCK, 2, args.batch_size, act_dim), np.float32)
                 fields = replay.sample(BLOCK, args.batch_size, rng, device)
                 for o, a, o2, end, r, n in zip(*fields, torch.from_numpy(noise).to(device)):
-                    update(sac, o, a, r.squeeze(-1), o2, end.squeeze(-1), n)
+                    update(sac, learning_rate, o, a, r.squeeze(-1), o2, end.squeeze(-1), n)
             bar.update(BLOCK)
         scores = returns([play(play_env, layers(sac.actor.cpu().numpy(), actor_sizes), rng) for _ in range(3)])
         candidates.append((step, float(scores.mean()), sac.actor.cpu().clone()))
