@@ -78,6 +78,9 @@ class Args:
     """steps of each side of a preference pair: at most what pairs.csv has"""
     preference_batch_size: int = 64
     """pairs in each reward update"""
+    rollout_memory: int = 10
+    """g1 contrasts the demonstrations with the rollouts of this many latest policies (Lemma 5.1: 1), lest the reward
+    forget what is wrong with the last policy but one and the two take turns"""
     reward_learning_rate: float = 3e-4
     """Adam's, for the reward (paper: 1e-4, with several times more iterations)"""
     reward_range: tuple[float, float] | None = None
@@ -701,6 +704,7 @@ if __name__ == "__main__":
     theta = init_mlp(critic_sizes, rng).to(device).requires_grad_()
     reward_optimizer = torch.optim.Adam([theta], lr=args.reward_learning_rate)
     replay = Replay(args.total_timesteps, (obs_dim, act_dim, obs_dim, 1))
+    recent: list[Trajectories] = []  # rollouts of the latest policies
     progress = {"iteration": 0, "sac_steps": 0, "env_steps": 0, "wall_seconds": 0.0, "csv_bytes": 0}
 
     def r(theta: Tensor, x: Tensor) -> Tensor:
@@ -728,6 +732,7 @@ if __name__ == "__main__":
         theta.copy_(state["theta"])
         reward_optimizer.load_state_dict(state["reward_optimizer"])
         replay.rows[: len(state["replay"])], replay.size = state["replay"].numpy(), len(state["replay"])
+        recent = [Trajectories(*(tensor.numpy() for tensor in tensors)) for tensors in state["recent"]]
         rng.bit_generator.state = json.loads(state["rng"])
     if args.evaluate:
         actor_layers = layers(sac.actor.cpu().numpy(), actor_sizes)
@@ -748,6 +753,7 @@ if __name__ == "__main__":
             "theta": theta.detach().cpu(),
             "reward_optimizer": reward_optimizer.state_dict(),
             "replay": torch.from_numpy(replay.rows[: replay.size]),
+            "recent": [[torch.from_numpy(array) for array in trajectories] for trajectories in recent],
             "rng": json.dumps(rng.bit_generator.state),
             "progress": {**progress, "csv_bytes": csv_path.stat().st_size},
             "data_hash": data_hash,
@@ -810,7 +816,8 @@ if __name__ == "__main__":
         # ======================================================================================= SAMPLE: τ' ~ π_{k+1}
         actor_layers = layers(sac.actor.cpu().numpy(), actor_sizes)
         fresh = rollout(env, actor_layers, args.rollout_steps_per_iteration, rng)
-        rollouts = weighted(fresh)
+        recent = [*recent, fresh][-args.rollout_memory :]
+        rollouts = weighted(Trajectories(*(np.concatenate(arrays) for arrays in zip(*recent))))
 
         # ================================================ UPPER LEVEL (8a): θ_{k+1} = θ_k + η (α g1 + g2), kept smooth
         reward_optimizer.param_groups[0]["lr"] = args.reward_learning_rate * share_left
@@ -833,7 +840,7 @@ if __name__ == "__main__":
         progress["sac_steps"] = step
         progress["env_steps"] += step - first_step + len(fresh.obs)
         finished = step >= args.total_timesteps
-        r_policy = r(theta, rollouts.x)
+        r_policy = r(theta, weighted(fresh).x)
         row = {
             "charts/iteration": progress["iteration"],
             "charts/sac_steps": step,

@@ -647,7 +647,6 @@ def test_evaluate_prints_the_true_return(tmp_path, finished):
     assert float(rows(finished)[-1]["eval/return_mean"]) == pytest.approx(np.mean(returns))
 
 
-@pytest.mark.parametrize("verb", ["--resume", "--evaluate"])
 @pytest.mark.parametrize(
     "flag, value",
     [
@@ -655,9 +654,9 @@ def test_evaluate_prints_the_true_return(tmp_path, finished):
         *(("--demo-weight", 2), ("--return-form", "sum"), ("--learning-rate", 0.1), ("--run-name", "other")),
     ],
 )
-def test_a_run_keeps_its_arguments(tmp_path, plain, verb, flag, value):
+def test_a_run_keeps_its_arguments(tmp_path, plain, flag, value):
     before = files(plain)
-    assert_refused(execute(tmp_path, [verb, plain, flag, value]), flag)
+    assert_refused(execute(tmp_path, ["--resume", plain, flag, value]), flag)
     assert files(plain) == before
 
 
@@ -881,11 +880,13 @@ BAD_EPISODES = {  # id: (what is done to high.npz, what the message has to say)
 
 
 @pytest.mark.parametrize("spoil_file, fragment", BAD_EPISODES.values(), ids=BAD_EPISODES)
-def test_bad_episode_file(tmp_path, data, spoil_file, fragment):
-    shutil.copytree(data, tmp_path / "data")
-    spoil_file(tmp_path / "data" / "high.npz")
-    assert_refused(execute(tmp_path, command(tmp_path / "data", tmp_path / "runs")), "high.npz", fragment)
-    assert not (tmp_path / "runs").exists()
+def test_bad_episode_file(tmp_path, data, pendulum, capsys, spoil_file, fragment):
+    path = Path(shutil.copy(data / "high.npz", tmp_path))
+    spoil_file(path)
+    with pytest.raises(SystemExit) as stop:
+        aihf.load_trajectories(path, pendulum, f"python data_gen/mujoco_data.py --env {ENV}")
+    captured = capsys.readouterr()
+    assert_refused((stop.value.code, captured.out, captured.err), "high.npz", fragment)
 
 
 HEADER = "tier_a,episode_a,start_a,length_a,tier_b,episode_b,start_b,length_b,label\n"
@@ -913,23 +914,40 @@ BAD_PAIRS = {  # id: (pairs.csv, what the message has to say)
 }
 
 
+@pytest.fixture(scope="module")
+def pendulum() -> gym.Env:
+    return aihf.make_env(ENV)
+
+
+@pytest.fixture(scope="module")
+def tiers(data, pendulum) -> dict:
+    return {tier: aihf.load_trajectories(data / f"{tier}.npz", pendulum, "") for tier in ("high", "medium", "low")}
+
+
 @pytest.mark.parametrize("text, fragment", BAD_PAIRS.values(), ids=BAD_PAIRS)
-def test_bad_pairs_file(tmp_path, data, text, fragment):
-    shutil.copytree(data, tmp_path / "data")
-    path = tmp_path / "data" / "pairs.csv"
-    path.unlink()
+def test_bad_pairs_file(tmp_path, tiers, capsys, text, fragment):
+    path = tmp_path / "pairs.csv"
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert_refused(execute(tmp_path, command(tmp_path / "data", tmp_path / "runs")), "pairs.csv", fragment)
-    assert not (tmp_path / "runs").exists()
+    with pytest.raises(SystemExit) as stop:
+        aihf.load_pairs(path, tiers, 4, f"python data_gen/mujoco_data.py --env {ENV}")
+    captured = capsys.readouterr()
+    assert_refused((stop.value.code, captured.out, captured.err), "pairs.csv", fragment)
 
 
-def test_good_pairs_file(data):
+def test_good_pairs_file(data, tiers):
     """What the bad ones above are made from is accepted, and label 0 prefers b."""
-    env = aihf.make_env(ENV)
-    tiers = {tier: aihf.load_trajectories(data / f"{tier}.npz", env, "") for tier in ("high", "medium", "low")}
     pairs = aihf.load_pairs(data / "pairs.csv", tiers, 4, "")
     assert len(pairs) == 40 and {(a[0], b[0]) for a, b in pairs} == {("medium", "low")}
+
+
+@pytest.mark.parametrize("name, cut", [("medium.npz", 300), ("pairs.csv", 3)])
+def test_bad_data_leaves_no_run_folder(tmp_path, data, name, cut):
+    shutil.copytree(data, tmp_path / "data")
+    path = tmp_path / "data" / name
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert_refused(execute(tmp_path, command(tmp_path / "data", tmp_path / "runs")), name)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_runs_dir_is_a_file(tmp_path, data):
@@ -989,13 +1007,18 @@ BAD_RUNS = {  # id: (what is done to the run folder, what the message has to say
 }
 
 
-@pytest.mark.parametrize("verb", ["--resume", "--evaluate"])
 @pytest.mark.parametrize("spoil_run, fragment", BAD_RUNS.values(), ids=BAD_RUNS)
-def test_bad_run_folder(tmp_path, finished, spoil_run, fragment, verb):
+def test_bad_run_folder(tmp_path, finished, spoil_run, fragment):
     spoil_run(finished)
     before = files(finished) if finished.exists() else None
-    assert_refused(execute(tmp_path, [verb, finished]), fragment)
+    assert_refused(execute(tmp_path, ["--resume", finished]), fragment)
     assert (files(finished) if finished.exists() else None) == before
+
+
+def test_evaluate_what_is_not_there(tmp_path, finished):
+    assert_refused(execute(tmp_path, ["--evaluate", tmp_path / "nowhere"]), "args.json")
+    (finished / "checkpoint.pt").unlink()
+    assert_refused(execute(tmp_path, ["--evaluate", finished]), "checkpoint.pt")
 
 
 def test_resume_without_metrics(tmp_path, finished):
