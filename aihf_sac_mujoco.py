@@ -12,13 +12,14 @@ TIMES
 The main loop is at the end: LOWER LEVEL aligns the policy to the reward by SAC, SAMPLE plays it, UPPER LEVEL moves the
 reward along α g1 + g2, where demonstration_gradient is g1 and preference_gradient g2.
 
-Where the paper leaves a choice, or this file departs from it, and why:
+Where the paper leaves a choice, or this file departs from it, and why (benchmark/tuning has what else was tried):
 - "10k demonstrations, 20k preferences" are environment steps; R(τ) of a preference is a sum over 50 steps, because sums
   over whole episodes saturate σ in (11).
 - g1 (Lemma 5.1) is linear in the reward and grows without bound. Here r lies in a range, 0 to 4 where falling ends an
   episode, so that falling does not pay; and slopes above 1 between demonstrations and rollouts are penalised, as in
-  Wasserstein GANs (Petzka et al. 2018). Without the penalty the reward runs into its bounds and HalfCheetah fails; the
-  README lists what else was tried.
+  Wasserstein GANs (Petzka et al. 2018). Without the penalty the reward runs into its bounds and HalfCheetah fails.
+- g1's rollouts are fresh, but those of the nine policies before stay in the average, and the learning rates fall to 0:
+  a reward fitted to the newest policy alone forgets what was wrong with the last but one, and the two take turns.
 - R(τ) in g1 is a per-step mean by default: discounted sums (--return-form discounted, the paper's) forget what
   happens after a few hundred steps. Its scale 1 / (1 - γ) makes α = 1 mean what it does there.
 - 20 Adam steps of 3e-4 on the reward per iteration, instead of one of 1e-4: the paper's runs are several times longer.

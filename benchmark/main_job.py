@@ -26,7 +26,7 @@ TIERS = {"high": ("demonstrations", "-"), "medium": ("preferred", "--"), "low": 
 def collect(runs: Path) -> list[dict]:
     """One row for each evaluation of each run named main_job__<env>__<seed>."""
     rows = []
-    for folder in sorted(runs.glob("main_job__*")):
+    for folder in sorted(path for path in runs.glob("main_job__*") if path.is_dir()):
         _, env, seed = folder.name.split("__")
         with open(folder / "metrics.csv", newline="") as file:
             for row in csv.DictReader(file):

@@ -97,7 +97,12 @@ def command(data: Path, runs: Path, *flags, **changes) -> list[str]:
     """Arguments of a tiny run named `run`; changes are flags by their Python names, and None leaves one out."""
     given = FLAGS | {"--data-dir": data, "--runs-dir": runs, "--run-name": "run"}
     given |= {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
-    pieces = [f"{flag}={value}" for flag, value in given.items() if value is not None]  # = lets a value begin with -
+    pieces = []
+    for flag, value in given.items():
+        if isinstance(value, tuple):
+            pieces += [flag, *map(str, value)]
+        elif value is not None:
+            pieces.append(f"{flag}={value}")  # = lets the value begin with -
     return [*pieces, "--no-cuda", *(() if "--compile" in flags else ("--no-compile",)), *map(str, flags)]
 
 
@@ -324,8 +329,9 @@ def recorded(tmp_path_factory, data):
 
     def recording_compile(update, **kwargs):
         def recording_update(sac, *batch):
-            if batch[0].any():  # not the warm-up
-                record.batches[-1].append([field.clone() for field in batch])
+            fields = batch[-6:]  # obs, action, reward, next_obs, terminated, noise
+            if fields[0].any():  # not the warm-up
+                record.batches[-1].append([field.clone() for field in fields])
             return update(sac, *batch)
 
         return recording_update
@@ -415,7 +421,7 @@ def test_rewards_are_those_of_the_current_theta(recorded, data):
     def rewards(theta, obs, action):
         standard = ((obs.numpy() - all_obs.mean(0)) / (all_obs.std(0) + 1e-6)).clip(-10, 10)
         x = torch.cat([torch.from_numpy(standard), action], -1)
-        return aihf.reward(theta, x, (5, 8, 1), bound=4.0).detach()
+        return aihf.reward(theta, x, (5, 8, 1), 0.0, 4.0).detach()
 
     for iteration, batches in enumerate(recorded.batches[:4]):
         theta = recorded.states[iteration]["theta"]
@@ -742,6 +748,10 @@ def test_not_finite_reward(tmp_path, data):
         ({"gamma": 1}, "--gamma"),
         ({"gamma": 1.5}, "--gamma"),
         ({"tau": 1.5}, "--tau"),
+        ({"reward_range": (4, 0)}, "--reward-range"),
+        ({"reward_range": (1, 1)}, "--reward-range"),
+        ({"reward_range": (0, "nan")}, "--reward-range"),
+        ({"reward_range": (0, "inf")}, "--reward-range"),
         ({"hidden": 0}, "--hidden"),
         ({"hidden": -8}, "--hidden"),
         ({"entropy_coefficient": "0"}, "--entropy-coefficient"),
@@ -763,7 +773,7 @@ def test_bad_arguments(tmp_path, data, changes, fragment):
     assert not (tmp_path / "runs").exists()
 
 
-GOOD = aihf.Args(total_timesteps=400, data_dir="x", run_name="x")
+GOOD = aihf.Args(total_timesteps=400, data_dir="x", run_name="x", reward_range=(0.0, 4.0))
 NUMBERS = {f.name for f in fields(GOOD) if type(getattr(GOOD, f.name)) in (int, float)}
 FRACTIONS = {f.name for f in fields(GOOD) if type(getattr(GOOD, f.name)) is float}
 ZERO_IS_FINE = {"seed", "demo_weight", "preference_weight", "gradient_penalty"}
@@ -775,7 +785,7 @@ def test_good_arguments_pass():
         aihf.check_args(replace(GOOD, **{name: 0}))
     for coefficient in ("0.2", "1e-3", "auto"):
         aihf.check_args(replace(GOOD, entropy_coefficient=coefficient))
-    assert len(NUMBERS) > 20 and len(FRACTIONS) > 7
+    assert len(NUMBERS) > 20 and len(FRACTIONS) > 5
 
 
 @pytest.mark.parametrize(
@@ -854,7 +864,7 @@ BAD_EPISODES = {  # id: (what is done to high.npz, what the message has to say)
     ),
     "no end flag on the last step": (
         lambda p: change_arrays(p, **{k: np.roll(arrays_of(p)[k], 1) for k in ("terminations", "truncations")}),
-        "last step",
+        "add up",
     ),
     "flags of other lengths": (lambda p: change_arrays(p, truncations=np.zeros(3, bool)), "high.npz"),
     "one flag": (lambda p: change_arrays(p, terminations=np.array(True), truncations=np.array(True)), "high.npz"),
