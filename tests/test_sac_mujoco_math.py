@@ -22,6 +22,7 @@ import aihf_sac_mujoco as aihf
 OBS_DIM, ACT_DIM, BATCH = 3, 2, 16
 ACTOR, CRITIC = (OBS_DIM, 8, 7, 2 * ACT_DIM), (OBS_DIM + ACT_DIM, 8, 7, 1)  # unequal widths: no transposition passes
 GAMMA, TAU, LEARNING_RATE = 0.9, 0.05, 1e-3
+RATE = torch.tensor(LEARNING_RATE, dtype=torch.float64)
 REWARD, LOW, HIGH, HORIZON = (3, 4, 3, 1), -2.0, 3.0, 20
 FORMS = ("discounted", "sum", "mean")
 
@@ -442,7 +443,7 @@ def new_sac(beta=0.3, seed=0, dtype=torch.float64):
 
 
 def new_update(auto_beta=True, target_entropy=-float(ACT_DIM)):
-    return aihf.make_sac_update(ACTOR, CRITIC, LEARNING_RATE, GAMMA, TAU, auto_beta, target_entropy)
+    return aihf.make_sac_update(ACTOR, CRITIC, GAMMA, TAU, auto_beta, target_entropy)
 
 
 def new_batch(seed=0, terminated=None):
@@ -513,7 +514,7 @@ def test_update_equals_a_slow_sac(updates, auto_beta):
     expected_losses, expected = slow_sac(sac, batches, auto_beta)
     update = new_update(auto_beta)
     for batch, losses in zip(batches, expected_losses):
-        close(update(sac, *batch), losses, 1e-8)
+        close(update(sac, RATE, *batch), losses, 1e-8)
     for name, value in expected.items():
         close(getattr(sac, name), value, 1e-8)
         assert torch.equal(getattr(sac, name), getattr(before, name)) == (name == "log_beta" and not auto_beta)
@@ -524,7 +525,7 @@ def test_update_equals_a_slow_sac(updates, auto_beta):
 def test_beta_rises_when_the_entropy_is_below_its_target(target_entropy, change):
     sac = new_sac()
     before = sac.log_beta.item()
-    new_update(target_entropy=target_entropy)(sac, *new_batch())
+    new_update(target_entropy=target_entropy)(sac, RATE, *new_batch())
     assert sac.log_beta.item() - before == pytest.approx(change, rel=1e-6)  # Adam's first step is the learning rate
 
 
@@ -537,7 +538,7 @@ def test_backup_of_a_termination_is_the_reward_alone():
     obs, action, reward, next_obs, ends, noise = new_batch(terminated=1)
     expected = slow_q_loss(new_sac(), obs, action, reward)
     for next_obs in (next_obs, 5 - next_obs):  # where it ended does not matter
-        q_loss = new_update()(new_sac(), obs, action, reward, next_obs, ends, noise)[0]
+        q_loss = new_update()(new_sac(), RATE, obs, action, reward, next_obs, ends, noise)[0]
         assert q_loss.item() == pytest.approx(expected, rel=1e-10)
 
 
@@ -549,7 +550,7 @@ def test_backup_goes_on_past_a_truncation():
     backup = reward + GAMMA * (torch.minimum(*next_q) - 0.3 * log_prob)
     expected = slow_q_loss(sac, obs, action, backup)
     assert abs(expected - slow_q_loss(sac, obs, action, reward)) > 0.01
-    q_loss = new_update()(sac, obs, action, reward, next_obs, ends, noise)[0]
+    q_loss = new_update()(sac, RATE, obs, action, reward, next_obs, ends, noise)[0]
     assert q_loss.item() == pytest.approx(expected, rel=1e-6)  # new_sac's beta was made in float32
 
 
@@ -586,7 +587,9 @@ def test_compiled_update_equals_the_eager_one():
         assert torch.equal(one, other)  # the warm-up works on copies
     for seed in range(6):
         batch = [tensor.float() for tensor in new_batch(seed)]
-        close(compiled(compiled_sac, *batch), eager(eager_sac, *batch), 1e-5)  # float32, sums in another order
+        close(
+            compiled(compiled_sac, RATE.float(), *batch), eager(eager_sac, RATE.float(), *batch), 1e-5
+        )  # float32, sums in another order
     for name, one, other in zip(aihf.SAC._fields, eager_sac, compiled_sac):
         if not name.endswith(("_m", "_v")):
             close(other, one, 1e-5)  # each of the 6 steps was up to 1e-3 long
