@@ -43,7 +43,7 @@ def summarise(rows: list[dict], manifests: dict[str, dict]) -> str:
         "| environment | seed | SAC steps | final return | best | demonstrations | final / demo | above medium | min |"
     ]
     lines.append("|---|---|---|---|---|---|---|---|---|")
-    for env in ENVS:
+    for env in manifests:
         tiers = manifests[env]["tiers"]
         demo, medium = tiers["high"]["return_mean"], tiers["medium"]["return_mean"]
         for seed in sorted({row["seed"] for row in rows if row["env"] == env}):
@@ -58,8 +58,8 @@ def summarise(rows: list[dict], manifests: dict[str, dict]) -> str:
 
 
 def draw(rows: list[dict], manifests: dict[str, dict], path: Path) -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    for axis, env in zip(axes, ENVS):
+    figure, axes = plt.subplots(1, len(manifests), figsize=(13, 3.8), layout="constrained")
+    for axis, env in zip(axes, manifests):
         curves = {}
         for row in rows:
             if row["env"] == env:
@@ -82,7 +82,9 @@ def draw(rows: list[dict], manifests: dict[str, dict], path: Path) -> None:
 
 if __name__ == "__main__":
     assets = ROOT / "data_gen/assets/mujoco"
-    manifests = {env: json.loads((assets / env / "manifest.json").read_text()) for env in ENVS}
+    manifests = {
+        env: json.loads((assets / env / "manifest.json").read_text()) for env in ENVS if (assets / env).is_dir()
+    }
     rows = collect(ROOT / "runs")
     if rows:
         with open(RESULTS, "w", newline="") as file:

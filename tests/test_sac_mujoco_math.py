@@ -21,8 +21,7 @@ import aihf_sac_mujoco as aihf
 
 OBS_DIM, ACT_DIM, BATCH = 3, 2, 16
 ACTOR, CRITIC = (OBS_DIM, 8, 7, 2 * ACT_DIM), (OBS_DIM + ACT_DIM, 8, 7, 1)  # unequal widths: no transposition passes
-GAMMA, TAU, LEARNING_RATE = 0.9, 0.05, 1e-3
-RATE = torch.tensor(LEARNING_RATE, dtype=torch.float64)
+GAMMA, TAU = 0.9, 0.05
 REWARD, LOW, HIGH, HORIZON = (3, 4, 3, 1), -2.0, 3.0, 20
 FORMS = ("discounted", "sum", "mean")
 
@@ -450,7 +449,8 @@ def new_batch(seed=0, terminated=None):
     obs, next_obs = normal(BATCH, OBS_DIM, seed=10 * seed), normal(BATCH, OBS_DIM, seed=10 * seed + 1)
     action, reward = torch.tanh(normal(BATCH, ACT_DIM, seed=10 * seed + 2)), normal(BATCH, seed=10 * seed + 3)
     ends = (torch.arange(BATCH) % 3 == 0).double() if terminated is None else torch.full((BATCH,), terminated).double()
-    return obs, action, reward, next_obs, ends, normal(2, BATCH, ACT_DIM, seed=10 * seed + 4)
+    learning_rate = torch.tensor(1e-3 / (1 + seed), dtype=torch.float64)  # of this update: it is annealed
+    return learning_rate, obs, action, reward, next_obs, ends, normal(2, BATCH, ACT_DIM, seed=10 * seed + 4)
 
 
 def slow_policy(actor, obs, noise):
@@ -465,11 +465,13 @@ def slow_sac(sac, batches, auto_beta, target_entropy=-float(ACT_DIM)):
     """SAC with modules, autograd and torch.optim: the losses of each update, and what they leave of sac."""
     actor, log_beta = network(sac.actor, ACTOR), sac.log_beta.clone().requires_grad_()
     critics, targets = ([network(params, CRITIC) for params in stack] for stack in (sac.critics, sac.targets))
-    critic_optimizer = torch.optim.Adam([p for critic in critics for p in critic.parameters()], lr=LEARNING_RATE)
-    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=LEARNING_RATE)
-    beta_optimizer = torch.optim.Adam([log_beta], lr=LEARNING_RATE)
+    critic_optimizer = torch.optim.Adam([p for critic in critics for p in critic.parameters()])
+    actor_optimizer = torch.optim.Adam(actor.parameters())
+    beta_optimizer = torch.optim.Adam([log_beta])
     all_losses = []
-    for obs, action, reward, next_obs, terminated, noise in batches:
+    for learning_rate, obs, action, reward, next_obs, terminated, noise in batches:
+        for optimizer in (critic_optimizer, actor_optimizer, beta_optimizer):
+            optimizer.param_groups[0]["lr"] = learning_rate.item()
         beta = math.exp(log_beta.item())
         with torch.no_grad():
             next_action, next_log_prob = slow_policy(actor, next_obs, noise[0])
@@ -514,18 +516,18 @@ def test_update_equals_a_slow_sac(updates, auto_beta):
     expected_losses, expected = slow_sac(sac, batches, auto_beta)
     update = new_update(auto_beta)
     for batch, losses in zip(batches, expected_losses):
-        close(update(sac, RATE, *batch), losses, 1e-8)
+        close(update(sac, *batch), losses, 1e-8)
     for name, value in expected.items():
         close(getattr(sac, name), value, 1e-8)
         assert torch.equal(getattr(sac, name), getattr(before, name)) == (name == "log_beta" and not auto_beta)
     assert sac.updates.item() == updates
 
 
-@pytest.mark.parametrize("target_entropy, change", [(100.0, LEARNING_RATE), (-100.0, -LEARNING_RATE)])
+@pytest.mark.parametrize("target_entropy, change", [(100.0, 1e-3), (-100.0, -1e-3)])
 def test_beta_rises_when_the_entropy_is_below_its_target(target_entropy, change):
     sac = new_sac()
     before = sac.log_beta.item()
-    new_update(target_entropy=target_entropy)(sac, RATE, *new_batch())
+    new_update(target_entropy=target_entropy)(sac, *new_batch())
     assert sac.log_beta.item() - before == pytest.approx(change, rel=1e-6)  # Adam's first step is the learning rate
 
 
@@ -535,22 +537,24 @@ def slow_q_loss(sac, obs, action, backup):
 
 
 def test_backup_of_a_termination_is_the_reward_alone():
-    obs, action, reward, next_obs, ends, noise = new_batch(terminated=1)
+    learning_rate, obs, action, reward, next_obs, ends, noise = new_batch(terminated=1)
     expected = slow_q_loss(new_sac(), obs, action, reward)
     for next_obs in (next_obs, 5 - next_obs):  # where it ended does not matter
-        q_loss = new_update()(new_sac(), RATE, obs, action, reward, next_obs, ends, noise)[0]
+        q_loss = new_update()(new_sac(), learning_rate, obs, action, reward, next_obs, ends, noise)[0]
         assert q_loss.item() == pytest.approx(expected, rel=1e-10)
 
 
 def test_backup_goes_on_past_a_truncation():
-    obs, action, reward, next_obs, ends, noise = new_batch(terminated=0)  # a truncated step is stored as this one
+    learning_rate, obs, action, reward, next_obs, ends, noise = new_batch(
+        terminated=0
+    )  # a truncated step is stored as this one
     sac = new_sac()
     next_action, log_prob = slow_policy(network(sac.actor, ACTOR), next_obs, noise[0])
     next_q = [network(params, CRITIC)(torch.cat([next_obs, next_action], -1))[:, 0] for params in sac.targets]
     backup = reward + GAMMA * (torch.minimum(*next_q) - 0.3 * log_prob)
     expected = slow_q_loss(sac, obs, action, backup)
     assert abs(expected - slow_q_loss(sac, obs, action, reward)) > 0.01
-    q_loss = new_update()(sac, RATE, obs, action, reward, next_obs, ends, noise)[0]
+    q_loss = new_update()(sac, learning_rate, obs, action, reward, next_obs, ends, noise)[0]
     assert q_loss.item() == pytest.approx(expected, rel=1e-6)  # new_sac's beta was made in float32
 
 
@@ -569,6 +573,7 @@ def test_replay_returns_the_rows_it_was_given():
     assert set(step.flatten().tolist()) == set(range(20))
     assert (obs == step).all() and (action == step + 100).all() and (next_obs == step + 200).all()
     assert torch.equal(terminated, 1 - step % 2)
+    assert (step.mean((1, 2)) - 9.5).abs().max() < 3  # each of the batches is a draw from all: 9.5 ± 0.9
     assert not torch.equal(step[0], step[1])
     assert all(field.is_contiguous() and field.dtype == torch.float32 for field in (obs, action, next_obs, terminated))
 
@@ -578,6 +583,7 @@ COMPILER = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++
 
 @pytest.mark.skipif(not shutil.which(COMPILER), reason="no C++ compiler")
 def test_compiled_update_equals_the_eager_one():
+    """float32, sums in another order; where a gradient is close to 0 Adam turns that into a good part of its step, 1e-3."""
     torch.set_grad_enabled(False)  # as the script runs
     eager_sac, compiled_sac = new_sac(dtype=torch.float32), new_sac(dtype=torch.float32)
     eager = new_update()
@@ -587,12 +593,10 @@ def test_compiled_update_equals_the_eager_one():
         assert torch.equal(one, other)  # the warm-up works on copies
     for seed in range(6):
         batch = [tensor.float() for tensor in new_batch(seed)]
-        close(
-            compiled(compiled_sac, RATE.float(), *batch), eager(eager_sac, RATE.float(), *batch), 1e-5
-        )  # float32, sums in another order
+        close(compiled(compiled_sac, *batch), eager(eager_sac, *batch), 1e-4)
     for name, one, other in zip(aihf.SAC._fields, eager_sac, compiled_sac):
         if not name.endswith(("_m", "_v")):
-            close(other, one, 1e-5)  # each of the 6 steps was up to 1e-3 long
+            close(other, one, 1e-4)
     assert compiled_sac.updates.item() == 6
 
 
