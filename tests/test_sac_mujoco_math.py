@@ -545,9 +545,8 @@ def test_backup_of_a_termination_is_the_reward_alone():
 
 
 def test_backup_goes_on_past_a_truncation():
-    learning_rate, obs, action, reward, next_obs, ends, noise = new_batch(
-        terminated=0
-    )  # a truncated step is stored as this one
+    # A truncated step is stored as this one.
+    learning_rate, obs, action, reward, next_obs, ends, noise = new_batch(terminated=0)
     sac = new_sac()
     next_action, log_prob = slow_policy(network(sac.actor, ACTOR), next_obs, noise[0])
     next_q = [network(params, CRITIC)(torch.cat([next_obs, next_action], -1))[:, 0] for params in sac.targets]
@@ -583,7 +582,7 @@ COMPILER = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++
 
 @pytest.mark.skipif(not shutil.which(COMPILER), reason="no C++ compiler")
 def test_compiled_update_equals_the_eager_one():
-    """float32, sums in another order; where a gradient is close to 0 Adam turns that into a good part of its step, 1e-3."""
+    """float32, sums in another order: Adam makes that a good part of its step, 1e-3, where a gradient is close to 0."""
     torch.set_grad_enabled(False)  # as the script runs
     eager_sac, compiled_sac = new_sac(dtype=torch.float32), new_sac(dtype=torch.float32)
     eager = new_update()
