@@ -35,7 +35,6 @@ import os
 import signal
 import sys
 import time
-import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -323,7 +322,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     gym.logger.min_level = gym.logger.ERROR  # the paper's v4 environments are called out of date at every make
     try:
         env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)
-    except gym.error.Error as error:
+    except (gym.error.Error, ImportError) as error:  # the latter for the robots of v2 and v3, which have moved out
         fail(f"no environment {env_id!r} ({' '.join(str(error).split())}); try Hopper-v4")
     if not isinstance(env.action_space, gym.spaces.Box):
         fail(f"{env_id} has no continuous actions; SAC needs a Box action space, such as Hopper-v4's")
@@ -345,21 +344,23 @@ def load_trajectories(path: Path, env: gym.Env, how_to_make: str) -> Trajectorie
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     if not path.is_file():
         fail(f"no data at {path}; make it with `{how_to_make}`, or give --data-dir")
+    keys = ("observations", "actions", "terminations", "truncations")
     try:
         with np.load(path, allow_pickle=False) as file:
-            missing = {"observations", "actions", "terminations", "truncations"} - set(file.files)
-            if missing:
-                fail(f"{path} has no array {', '.join(sorted(missing))}; it holds {', '.join(file.files)}")
-            observations, actions = file["observations"], file["actions"]
-            ends = file["terminations"].astype(bool) | file["truncations"].astype(bool)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+            if missing := [key for key in keys if key not in file]:
+                fail(f"{path} has no array {', '.join(missing)}; it holds {', '.join(file)}")
+            observations, actions = (file[key].astype(np.float32) for key in keys[:2])
+            terminations, truncations = (file[key].astype(bool) for key in keys[2:])
+    except Exception as error:  # a damaged file raises almost anything
         fail(f"{path} cannot be read as an .npz of plain arrays ({error}); make it anew with `{how_to_make}`")
-    steps, episodes, wanted_actions = len(ends), int(ends.sum()), (len(ends), act_dim)
+    shapes = [array.shape for array in (observations, actions, terminations, truncations)]
+    steps, ends = terminations.size, terminations | truncations if terminations.shape == truncations.shape else None
     if steps == 0:
         fail(f"{path} is empty: it holds no step; make it anew with `{how_to_make}`")
-    if observations.ndim != 2 or observations.shape[1] != obs_dim or actions.shape != wanted_actions:
-        wanted = f"wanted (steps + episodes, {obs_dim}) and {wanted_actions}"
-        fail(f"{path} does not fit {env.spec.id}: observations {observations.shape}, actions {actions.shape}; {wanted}")
+    if shapes != [(len(observations), obs_dim), (steps, act_dim), (steps,), (steps,)]:
+        wanted = f"wanted (steps + episodes, {obs_dim}), (steps, {act_dim}), (steps,), (steps,)"
+        fail(f"{path} does not fit {env.spec.id}: {', '.join(keys)} are {', '.join(map(str, shapes))}; {wanted}")
+    episodes = int(ends.sum())
     if not ends[-1] or len(observations) != steps + episodes:
         fail(
             f"{path}: episode ends do not add up: {steps} steps, the last one{'' if ends[-1] else ' not'} an end, and "
@@ -371,7 +372,7 @@ def load_trajectories(path: Path, env: gym.Env, how_to_make: str) -> Trajectorie
     lengths = np.diff(np.flatnonzero(ends), prepend=-1)
     obs = np.delete(observations, np.cumsum(lengths + 1) - 1, axis=0)  # an episode's last observation has no action
     low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
-    return Trajectories(obs.astype(np.float32), (2 * (actions - low) / (high - low) - 1).astype(np.float32), lengths)
+    return Trajectories(obs, (2 * (actions - low) / (high - low) - 1).astype(np.float32), lengths)
 
 
 def load_pairs(path: Path, tiers: dict[str, Trajectories], segment_length: int, how_to_make: str) -> list[list]:
@@ -396,7 +397,7 @@ def load_pairs(path: Path, tiers: dict[str, Trajectories], segment_length: int, 
                 if row["label"] not in ("0", "1"):
                     fail(f"{where}: label {row['label']!r}; wanted 1 (a preferred) or 0 (b preferred)")
                 pairs.append(sides if row["label"] == "1" else sides[::-1])
-    except (KeyError, TypeError, ValueError) as error:
+    except (csv.Error, KeyError, TypeError, ValueError) as error:
         fail(f"{path} is not a table of pairs ({error!r}); make it anew with `{how_to_make}`")
     if not pairs:
         fail(f"{path} is empty: it holds no pair; make it anew with `{how_to_make}`")
@@ -536,7 +537,7 @@ def load_checkpoint(run_dir: Path, sac: SAC, theta: Tensor, data_hash: str) -> d
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
         shapes = [tensor.shape for tensor in (*state["sac"], state["theta"])]
-        made_from = state["data_hash"]
+        made_from, *_ = [state[key] for key in ("data_hash", "reward_optimizer", "replay", "recent", "rng", "progress")]
     except Exception as error:  # torch.load raises almost anything on a damaged file
         fail(f"{path} is damaged or no checkpoint of {SCRIPT}.py ({type(error).__name__}); start the run anew")
     if shapes != [tensor.shape for tensor in (*sac, theta)]:
@@ -550,7 +551,8 @@ def stop_if_not_finite(step: int, run_dir: Path, **tensors: Tensor) -> None:
     """Exit code 1 with one line that names the first tensor holding NaN or infinity; the last checkpoint stays."""
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            print(f"error: {name} is not finite at step {step}; the last good state is in {run_dir}", file=sys.stderr)
+            message = f"\nerror: {name} is not finite at step {step}; the last good state is in {run_dir}"
+            print(message, file=sys.stderr)
             raise SystemExit(1)
 
 
@@ -624,12 +626,14 @@ def check_args(args: Args) -> None:
     for field in fields(Args):
         value, flag = getattr(args, field.name), f"--{field.name.replace('_', '-')}"
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if not (math.isfinite(value) and value >= 0):
+            if not 0 <= value < math.inf:
                 fail(f"{flag} must be a finite number and not negative: {value}")
             if value == 0 and field.name not in MAY_BE_ZERO:
                 fail(f"{flag} must be more than 0")
     if args.demo_weight == args.preference_weight == 0:
         fail("--demo-weight and --preference-weight are both 0: there is nothing to learn a reward from")
+    if args.total_timesteps > 10**8:
+        fail("--total-timesteps must be at most 100 million: all of them are kept in memory")
     if args.gamma >= 1 or args.tau > 1:
         fail("--gamma must be below 1 and --tau at most 1")
     if not -math.inf < args.reward_range[0] < args.reward_range[1] < math.inf:
@@ -678,7 +682,8 @@ if __name__ == "__main__":
     pairs = load_pairs(data_dir / "pairs.csv", tiers, args.segment_length, how_to_make) if "low" in tiers else []
     all_obs = np.concatenate([tier.obs for tier in tiers.values()])
     obs_mean, obs_std = to_device(all_obs.mean(0), all_obs.std(0) + 1e-6)
-    data_hash = hashlib.sha256(all_obs.tobytes() + repr(pairs).encode()).hexdigest()
+    arrays = [array.tobytes() for tier in tiers.values() for array in tier]
+    data_hash = hashlib.sha256(b"".join(arrays) + repr(pairs).encode()).hexdigest()
     horizon = env.spec.max_episode_steps or 1000
 
     def features(obs: Tensor, actions: Tensor) -> Tensor:
@@ -729,6 +734,10 @@ if __name__ == "__main__":
             fail(f"--capture-video needs pip install -e '.[video]' and a renderer, see MUJOCO_GL ({reason})")
     if args.resume or args.evaluate:
         state = load_checkpoint(run_dir, sac, theta, data_hash)
+        if not csv_path.is_file():
+            fail(f"no {csv_path} to carry on")
+        if args.total_timesteps < state["progress"]["sac_steps"]:
+            fail(f"--total-timesteps {args.total_timesteps}: the run is at {state['progress']['sac_steps']} already")
         sac, progress = SAC(*(tensor.to(device) for tensor in state["sac"])), state["progress"]
         theta.copy_(state["theta"])
         reward_optimizer.load_state_dict(state["reward_optimizer"])
@@ -771,6 +780,9 @@ if __name__ == "__main__":
         project, entity, name = args.wandb_project_name, args.wandb_entity, run_dir.name
         wandb.init(project=project, entity=entity, name=name, id=name, resume="allow", config=asdict(args))
     interrupted, last_return = False, "not yet evaluated"
+    with open(csv_path, newline="") as file:  # a resumed run has been
+        for row in csv.DictReader(file):
+            last_return = f"{float(row['eval/return_mean']):.0f}" if row["eval/return_mean"] else last_return
 
     def interrupt(signum, frame):
         global interrupted
@@ -834,7 +846,7 @@ if __name__ == "__main__":
                 gradient -= args.gradient_penalty * smoothness_gradient(theta, r, points)
             theta.grad = -gradient  # Adam descends
             reward_optimizer.step()
-        stop_if_not_finite(step, run_dir, reward_gradient=gradient, theta=theta)
+        stop_if_not_finite(step, run_dir, reward_gradient=gradient, theta=theta, **sac._asdict())
 
         # ======================================================================================================== LOG
         progress["iteration"] += 1

@@ -268,7 +268,7 @@ def make_env(env_id: str) -> gym.Env:
     gym.logger.min_level = gym.logger.ERROR  # the paper's v4 environments are called out of date at every make
     try:
         env = gym.make(env_id, disable_env_checker=True)
-    except gym.error.Error as error:
+    except (gym.error.Error, ImportError) as error:  # the latter for the robots of v2 and v3, which have moved out
         fail(f"no environment {env_id!r} ({' '.join(str(error).split())}); try Hopper-v4")
     if not isinstance(env.action_space, gym.spaces.Box):
         fail(f"{env_id} has no continuous actions; SAC needs a Box action space, such as Hopper-v4's")
@@ -368,23 +368,22 @@ def write_dataset(output_dir: Path, tiers: dict[str, list[Episode]], pairs: list
 
 
 def check_args(args: Args) -> None:
-    for (
-        name
-    ) in "episodes_per_tier max_steps_per_tier segment_length num_pairs checkpoint_every batch_size threads".split():
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if (
-        args.total_timesteps < 0
-        or args.learning_starts < 1
-        or args.learning_rate <= 0
-        or min(args.hidden, default=0) < 1
-    ):
-        fail("--learning-starts, --learning-rate and --hidden must be positive, --total-timesteps not negative")
+    positive = (
+        "episodes_per_tier max_steps_per_tier segment_length num_pairs checkpoint_every learning_starts batch_size"
+    )
+    for name in positive.split() + ["threads", "learning_rate", "total_timesteps"]:
+        if not 0 < getattr(args, name) < 10**8:
+            fail(f"--{name.replace('_', '-')} must be more than 0 and less than 100 million, not {getattr(args, name)}")
+    if args.seed < 0 or not args.hidden or min(args.hidden) < 1:
+        fail("--seed must not be negative, --hidden takes widths of at least 1")
     if args.checkpoint_every % BLOCK or args.learning_starts % BLOCK or args.total_timesteps % args.checkpoint_every:
         fail(f"--checkpoint-every and --learning-starts must be multiples of {BLOCK}, --total-timesteps of the former")
     if not (0 <= args.label_noise <= 1 and 0 <= args.gamma <= 1 and 0 < args.tau <= 1):
         fail("--label-noise and --gamma must lie in [0, 1], --tau in (0, 1]")
-    if len(args.tier_targets) not in (0, 3) or list(args.tier_targets) != sorted(args.tier_targets):
+    if args.tier_targets and not (
+        len(args.tier_targets) == 3
+        and -math.inf < args.tier_targets[0] <= args.tier_targets[1] <= args.tier_targets[2] < math.inf
+    ):
         fail("--tier-targets takes three returns in ascending order: low medium high")
 
 
@@ -393,6 +392,9 @@ BLOCK = 50  # environment steps, then as many updates: Spinning Up's update_ever
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    name = args.env.split("-v")[0]
+    recipe = json.dumps({**asdict(args), "output_dir": "", "compile": True})
+    args.total_timesteps = args.total_timesteps or TRAINING_STEPS.get(name, 1_000_000)
     check_args(args)
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)  # gradients come from torch.func
@@ -400,21 +402,28 @@ if __name__ == "__main__":
     env, play_env = make_env(args.env), make_env(args.env)
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     actor_sizes, critic_sizes = (obs_dim, *args.hidden, 2 * act_dim), (obs_dim + act_dim, *args.hidden, 1)
-    name = args.env.split("-v")[0]
-    total_timesteps = args.total_timesteps or TRAINING_STEPS.get(name, 1_000_000)
     output_dir = Path(args.output_dir or f"data_gen/assets/mujoco/{args.env}")
     state_path = Path(args.work_dir or f"runs/mujoco_data__{args.env}__{args.seed}") / "state.pt"
-    state_path.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (state_path.parent, output_dir):  # now, not when the training is over
+        if not folder.is_dir() and any(path.is_file() for path in (folder, *folder.parents)):
+            fail(f"{folder} cannot be made: there is a file in its place")
+    try:
+        state_path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot write {state_path.parent} ({error.strerror}); give another --work-dir")
 
     # ------------------------------------------------------------------------- 1. the expert: SAC on the true reward
     rng = np.random.default_rng(args.seed)
     sac = init_sac(actor_sizes, critic_sizes, 1.0, rng, device)
-    replay = Replay(total_timesteps, (obs_dim, act_dim, obs_dim, 1, 1))
+    replay = Replay(args.total_timesteps, (obs_dim, act_dim, obs_dim, 1, 1))
     step, candidates = 0, []  # candidates: (step, mean return, actor parameters)
-    recipe = json.dumps({**asdict(args), "output_dir": "", "compile": True})
     if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
-        if state["recipe"] != recipe:
+        try:
+            state = torch.load(state_path, weights_only=True)
+            own = state["recipe"] == recipe
+        except Exception as error:  # torch.load raises almost anything on a damaged file
+            fail(f"{state_path} is damaged ({type(error).__name__}); delete it or give another --work-dir")
+        if not own:
             fail(f"{state_path} belongs to a run with other arguments; give another --work-dir or delete it")
         sac, step, candidates = SAC(*(t.to(device) for t in state["sac"])), state["step"], state["candidates"]
         replay.rows[: len(state["replay"])], replay.size = state["replay"].numpy(), len(state["replay"])
@@ -424,8 +433,8 @@ if __name__ == "__main__":
     if args.compile:
         update = compile_update(update, sac, obs_dim, act_dim, args.batch_size)
     learning_rate = torch.tensor(args.learning_rate, device=device)
-    bar = tqdm(total=total_timesteps, initial=step, desc=f"1/2 expert {args.env}", unit="step", mininterval=1.0)
-    while step < total_timesteps:
+    bar = tqdm(total=args.total_timesteps, initial=step, desc=f"1/2 expert {args.env}", unit="step", mininterval=1.0)
+    while step < args.total_timesteps:
         obs, _ = env.reset(seed=int(rng.integers(2**31)))
         for _ in range(args.checkpoint_every // BLOCK):
             actor_layers = layers(sac.actor.cpu().numpy(), actor_sizes)
@@ -447,7 +456,7 @@ if __name__ == "__main__":
         scores = returns([play(play_env, layers(sac.actor.cpu().numpy(), actor_sizes), rng) for _ in range(3)])
         candidates.append((step, float(scores.mean()), sac.actor.cpu().clone()))
         bar.set_postfix(true_return=f"{scores.mean():.0f}", best=f"{max(c[1] for c in candidates):.0f}")
-        if step % (5 * args.checkpoint_every) == 0 or step == total_timesteps:
+        if step % (5 * args.checkpoint_every) == 0 or step == args.total_timesteps:
             state = {"recipe": recipe, "sac": list(sac), "step": step, "candidates": candidates}
             state |= {
                 "replay": torch.from_numpy(replay.rows[: replay.size]),

@@ -318,7 +318,7 @@ def test_kill_and_run_again(tmp_path, data, monkeypatch, moment, updates_left):
         # The default for Hopper is 400,000 steps, which is no multiple of 30,000.
         ({"env": "Hopper-v4", "total_timesteps": 0, "checkpoint_every": 30_000}, "--checkpoint-every"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:50],
 )
 def test_bad_arguments(tmp_path, monkeypatch, changes, fragment):
     def no_training(*args, **kwargs):

@@ -784,7 +784,7 @@ def test_not_finite_error_has_a_line_of_its_own(tmp_path, data, monkeypatch):
         ({"total_timesteps": 10**14}, "--total-timesteps"),  # a replay buffer larger than any memory
         ({"total_timesteps": "9" * 400}, "--total-timesteps"),  # no float is that large
     ],
-    ids=str,
+    ids=lambda value: str(value)[:50],
 )
 def test_bad_arguments(tmp_path, data, changes, fragment):
     assert_refused(execute(tmp_path, command(data, tmp_path / "runs", **changes)), fragment)
