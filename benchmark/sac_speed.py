@@ -5,16 +5,17 @@
 
 prints a line for each measurement, then a table (median, min and max over the rounds of each library) and the ratios of
 ours to the others, round by round and their median; writes benchmark/results/sac_speed.csv, where a run replaces the
-rows of its own --hidden and --batch-size and keeps the rest. Allow half an hour for five rounds on a quiet core.
+rows of its own --hidden and --batch-size and keeps the rest. Allow half an hour on a quiet core (256 256: an hour).
 
 The libraries take turns in every round, each measurement in a process of its own, all of them on the same one CPU core
 with one thread: environment steps, one SAC update (automatic entropy coefficient) for each, the same sizes of networks
-and batches. Neither compilation nor the first steps (random actions, then a thousand updates) are in the time.
+and batches. Neither compilation nor a warm-up of 50,000 steps (random actions, then a thousand updates) is in the time:
+after it our memory of rollouts, which reward updates go through, is full.
 
 - aihf: aihf_sac_mujoco.py as shipped, from the charts/SPS it logs. Only SAC steps are counted, but rollouts, reward
   updates and logging are in the time, which the others have not; evaluation and checkpoints are not in it.
 - aihf-lower-level: the same script with as little around SAC as its flags allow, in one policy alignment of --steps:
-  after it one reward update and one episode of rollouts, still in the time and not counted.
+  relabelling with the learned reward, and after it one reward update on one episode of rollouts, stay in the time.
 - sb3, sbx: Stable-Baselines3 (PyTorch) and SBX (JAX), an update after each environment step, which is their default.
 - sb3-blocks, sbx-blocks: the same with 50 environment steps and then 50 updates, the order ours has and the fair one to
   compare its update with: SBX compiles the 50 into one call.
@@ -37,7 +38,7 @@ from statistics import median
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK, ITERATION = 50, 5_000  # BLOCK and policy_steps_per_iteration of aihf_sac_mujoco.py
+BLOCK, ITERATION, MEMORY = 50, 5_000, 10  # BLOCK, policy_steps_per_iteration, rollout_memory of aihf_sac_mujoco.py
 OURS, OTHERS = ("aihf", "aihf-lower-level"), ("sb3", "sbx", "sb3-blocks", "sbx-blocks")
 TURNS = ("aihf", "sb3", "sbx", "aihf-lower-level", "sb3-blocks", "sbx-blocks")
 COLUMNS = ("library", "hidden", "batch", "round", "steps_per_second")
@@ -84,29 +85,31 @@ def run(*command: str) -> str:
     return process.stdout
 
 
+def warm_up(steps: int) -> tuple[int, int]:
+    """Steps before the measured ones: all, and those of random actions; the last of them are with updates."""
+    iteration = min(steps, ITERATION)
+    return MEMORY * iteration, MEMORY * iteration - iteration // 5
+
+
 def measure_ours(library: str, args: Args, seed: int) -> float:
-    """SPS of the iterations after the first (random actions, warm-up) and before the last (which evaluates)."""
-    iteration, flags = min(args.steps, ITERATION), []
+    """Steps per second of the iterations after the warm-up."""
+    (first, random), iteration, flags = warm_up(args.steps), min(args.steps, ITERATION), []
     if library == "aihf-lower-level":
         iteration = args.steps
-        flags = ["--reward-updates-per-iteration", "1", "--rollout-steps-per-iteration", "1"]
+        first = math.ceil(first / iteration) * iteration
+        flags = "--reward-updates-per-iteration 1 --rollout-steps-per-iteration 1 --rollout-memory 1".split()
     flags += ["--data-dir", str(Path(args.data_dir).resolve())] if args.data_dir else []
     with tempfile.TemporaryDirectory() as runs_dir:
-        options = f"""--env {args.env} --seed {seed} --total-timesteps {iteration + args.steps + BLOCK}
-            --policy-steps-per-iteration {iteration} --learning-starts {random_steps(args.steps)}
+        options = f"""--env {args.env} --seed {seed} --total-timesteps {first + args.steps}
+            --policy-steps-per-iteration {iteration} --learning-starts {random}
             --hidden {" ".join(map(str, args.hidden))} --batch-size {args.batch_size}
             --eval-every {10**9} --eval-episodes 1 --checkpoint-every {10**9} --threads 1 --no-cuda --run-name speed"""
         printed = run("aihf_sac_mujoco.py", *options.split(), "--runs-dir", runs_dir, *flags)
         if "torch.compile failed" in printed:
             fail("torch.compile failed, and without it this measures something else; install a C++ compiler", 1)
         with open(Path(runs_dir) / "speed" / "metrics.csv", newline="") as file:
-            speeds = [float(row["charts/SPS"]) for row in csv.DictReader(file)][1:-1]
-    return len(speeds) / sum(1 / speed for speed in speeds)  # iterations are equally long: steps over seconds
-
-
-def random_steps(steps: int) -> int:
-    """Random actions before the first update: four fifths of the first alignment."""
-    return min(steps, ITERATION) * 4 // 5
+            rows = [row for row in csv.DictReader(file) if float(row["charts/sac_steps"]) > first]
+    return len(rows) / sum(1 / float(row["charts/SPS"]) for row in rows)  # equally long iterations: steps over seconds
 
 
 def measure_other(library: str, env: str, hidden: list[int], batch_size: int, steps: int, seed: int) -> float:
@@ -121,13 +124,13 @@ def measure_other(library: str, env: str, hidden: list[int], batch_size: int, st
 
     torch.set_num_threads(1)
     gym.logger.min_level = gym.logger.ERROR
-    warm_up, every = min(steps, ITERATION), BLOCK if library.endswith("blocks") else 1
+    (first, random), every = warm_up(steps), BLOCK if library.endswith("blocks") else 1
     model = SAC(
         "MlpPolicy",
         gym.make(env, disable_env_checker=True),
         learning_rate=1e-3,
-        buffer_size=warm_up + steps,
-        learning_starts=random_steps(steps),
+        buffer_size=first + steps,
+        learning_starts=random,
         batch_size=batch_size,
         tau=0.005,
         gamma=0.99,
@@ -138,11 +141,11 @@ def measure_other(library: str, env: str, hidden: list[int], batch_size: int, st
         seed=seed,
         device="cpu",
     )
-    model.learn(warm_up)
+    model.learn(first)
     started, first_update = time.perf_counter(), model._n_updates
     model.learn(steps, reset_num_timesteps=False)
     seconds = time.perf_counter() - started
-    assert model.num_timesteps == warm_up + steps and model._n_updates - first_update == steps
+    assert model.num_timesteps == first + steps and model._n_updates - first_update == steps
     return steps / seconds
 
 

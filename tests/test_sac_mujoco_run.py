@@ -26,6 +26,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 import aihf_sac_mujoco as aihf
 
@@ -118,6 +119,10 @@ def execute(cwd: Path, argv: list) -> tuple[int, str, str]:
     except SystemExit as stop:
         code = stop.code or 0
     finally:
+        for bar in list(
+            getattr(tqdm, "_instances", ())
+        ):  # of a run that did not end well; the next would print below it
+            bar.close()
         sys.argv = before[0]
         os.chdir(before[1])
         signal.signal(signal.SIGINT, before[2])

@@ -59,17 +59,22 @@ def test_save_replaces_only_the_rows_of_the_same_networks_and_batch(speed, tmp_p
 @pytest.mark.parametrize(("library", "iteration"), [("aihf", 5_000), ("aihf-lower-level", 20_000)])
 def test_our_side_is_the_shipped_script_with_flags_it_has(speed, monkeypatch, library, iteration):
     ours = load(ROOT / "aihf_sac_mujoco.py")
-    assert (speed.BLOCK, speed.ITERATION) == (ours.BLOCK, ours.Args().policy_steps_per_iteration)
+    defaults = ours.Args()
+    assert (speed.BLOCK, speed.ITERATION) == (ours.BLOCK, defaults.policy_steps_per_iteration)
+    assert speed.MEMORY == defaults.rollout_memory
 
     def run(script, *flags):
-        """Stands in for the run: what it would log, at 1 step a second first and last and at 300 and 600 between."""
+        """Stands in for the run: what it would log, at 1 step a second while it warms up, then at 300 and 600."""
         asked = tyro.cli(ours.Args, args=flags)
         assert (ROOT / script).is_file() and asked.compile and asked.threads == 1
         assert (asked.policy_steps_per_iteration, asked.hidden, asked.batch_size) == (iteration, (256, 256), 64)
-        assert asked.learning_starts < iteration and asked.total_timesteps == iteration + 20_000 + speed.BLOCK
+        first = asked.total_timesteps - 20_000
+        assert asked.learning_starts == 49_000 < 50_000 <= first and first % iteration == 0
         folder = Path(asked.runs_dir) / asked.run_name
         folder.mkdir()
-        (folder / "metrics.csv").write_text("charts/SPS\n1\n300\n600\n1\n")
+        (folder / "metrics.csv").write_text(
+            f"charts/sac_steps,charts/SPS\n{first},1\n{first + 1},300\n{first + 2},600\n"
+        )
         return ""
 
     monkeypatch.setattr(speed, "run", run)
