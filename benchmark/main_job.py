@@ -58,8 +58,9 @@ def summarise(rows: list[dict], manifests: dict[str, dict]) -> str:
 
 
 def draw(rows: list[dict], manifests: dict[str, dict], path: Path) -> None:
-    figure, axes = plt.subplots(1, len(manifests), figsize=(13, 3.8), layout="constrained")
-    for axis, env in zip(axes, manifests):
+    envs = [env for env in manifests if any(row["env"] == env for row in rows)]
+    figure, axes = plt.subplots(1, len(envs), figsize=(1 + 4 * len(envs), 3.8), layout="constrained", squeeze=False)
+    for axis, env in zip(axes[0], envs):
         curves = {}
         for row in rows:
             if row["env"] == env:
@@ -75,7 +76,7 @@ def draw(rows: list[dict], manifests: dict[str, dict], path: Path) -> None:
             level = manifests[env]["tiers"][tier]["return_mean"]
             axis.axhline(level, color="gray", linestyle=style, linewidth=1, label=name)
         axis.set(title=env, xlabel="SAC steps", ylabel="true return")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0, 0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
