@@ -397,7 +397,7 @@ def load_pairs(path: Path, tiers: dict[str, Trajectories], segment_length: int, 
                 if row["label"] not in ("0", "1"):
                     fail(f"{where}: label {row['label']!r}; wanted 1 (a preferred) or 0 (b preferred)")
                 pairs.append(sides if row["label"] == "1" else sides[::-1])
-    except (csv.Error, KeyError, TypeError, ValueError) as error:
+    except (OSError, csv.Error, KeyError, TypeError, ValueError) as error:
         fail(f"{path} is not a table of pairs ({error!r}); make it anew with `{how_to_make}`")
     if not pairs:
         fail(f"{path} is empty: it holds no pair; make it anew with `{how_to_make}`")
@@ -598,6 +598,8 @@ def draw_learning_curve(run_dir: Path, data_dir: Path) -> str:
 def parse_args() -> Args:
     """The command line's arguments, complete; with --resume or --evaluate, those of that run."""
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    if args.resume and args.evaluate:
+        fail("--resume trains a run on and --evaluate does not train: give one of them")
     if args.resume or args.evaluate:
         path = Path(args.resume or args.evaluate) / "args.json"
         try:
@@ -722,6 +724,11 @@ if __name__ == "__main__":
     # ----------------------------------------------------------------------- the run folder, new or of an earlier run
     run_dir = Path(args.resume or args.evaluate or Path(args.runs_dir) / args.run_name)
     checkpoint_path, csv_path = run_dir / "checkpoint.pt", run_dir / "metrics.csv"
+    if args.track:
+        try:
+            import wandb
+        except ImportError:
+            fail("--track needs wandb: pip install wandb")
     if args.capture_video:  # now, not when the run is over
         try:
             import moviepy  # noqa: F401
@@ -775,8 +782,6 @@ if __name__ == "__main__":
     if not args.resume:
         save_checkpoint()
     if args.track:
-        import wandb
-
         project, entity, name = args.wandb_project_name, args.wandb_entity, run_dir.name
         wandb.init(project=project, entity=entity, name=name, id=name, resume="allow", config=asdict(args))
     interrupted, last_return = False, "not yet evaluated"
@@ -894,7 +899,7 @@ if __name__ == "__main__":
         if progress["iteration"] % args.checkpoint_every == 0 or finished or interrupted:
             save_checkpoint()
     bar.close()
-    if interrupted:
+    if interrupted and step < args.total_timesteps:
         print(f"stopped at step {step}; carry on with: python {SCRIPT}.py --resume {run_dir}")
         raise SystemExit(130)
     if args.capture_video:
