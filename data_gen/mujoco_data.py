@@ -11,7 +11,7 @@ return, lets each act (stochastic policy, whole episodes) and writes, into data_
 
 An episode file holds flat arrays over E episodes of N steps in all: observations (N + E, obs_dim), T + 1 an episode;
 actions (N, act_dim); rewards (N,); terminations (N,) and truncations (N,), one of which is set on the last step of
-each episode and nowhere else. Takes 8 minutes for Hopper-v4, 20 to 25 for the other two, on one CPU core. It can be
+each episode and nowhere else. It can be
 interrupted: the same command carries on from the last checkpoint.
 """
 
