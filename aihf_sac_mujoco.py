@@ -58,7 +58,7 @@ class Args:
     """seeds everything: networks, exploration, batches, rollouts; evaluation has fixed seeds of its own"""
     total_timesteps: int | None = None
     """SAC steps: environment steps taken to train the policy, with one update each; rollouts and evaluation are apart.
-    Default: 300k for Hopper, 1M for HalfCheetah and Walker2d"""
+    Default: 300k for Hopper, 600k for HalfCheetah, 1M for Walker2d"""
     data_dir: str = ""
     """folder with high.npz (the demonstrations), medium.npz, low.npz and pairs.csv (the preferences between these);
     default data_gen/assets/mujoco/<env>"""
@@ -145,7 +145,7 @@ class Args:
 # What differs between environments: how long they take, and whether an episode can end by a fall.
 ENV_DEFAULTS = {
     "Hopper": {"total_timesteps": 300_000, "reward_range": (0.0, 4.0)},
-    "HalfCheetah": {"total_timesteps": 1_000_000, "reward_range": (-10.0, 10.0)},
+    "HalfCheetah": {"total_timesteps": 600_000, "reward_range": (-10.0, 10.0)},
     "Walker2d": {"total_timesteps": 1_000_000, "reward_range": (0.0, 4.0)},
 }
 
