@@ -903,5 +903,5 @@ if __name__ == "__main__":
         print(f"stopped at step {step}; carry on with: python {SCRIPT}.py --resume {run_dir}")
         raise SystemExit(130)
     if args.capture_video:
-        print(f"video in {record_video(args.env, run_dir, actor_layers)}")
+        print(f"video in {record_video(args.env, run_dir, layers(sac.actor.cpu().numpy(), actor_sizes))}")
     print(f"final true return {last_return}; {draw_learning_curve(run_dir, data_dir)}")

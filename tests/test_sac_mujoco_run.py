@@ -107,15 +107,15 @@ def command(data: Path, runs: Path, *flags, **changes) -> list[str]:
     return [*pieces, "--no-cuda", *(() if "--compile" in flags else ("--no-compile",)), *map(str, flags)]
 
 
-def execute(cwd: Path, argv: list) -> tuple[int, str, str]:
-    """The script in this process, as `python aihf_sac_mujoco.py argv` from the folder cwd: (exit code, out, err)."""
+def execute(cwd: Path, argv: list, script: Path = SCRIPT) -> tuple[int, str, str]:
+    """A script in this process, as `python script argv` from the folder cwd: (exit code, out, err)."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     before = sys.argv, os.getcwd(), signal.getsignal(signal.SIGINT), torch.is_grad_enabled(), torch.get_num_threads()
     try:
-        sys.argv = [str(SCRIPT), *map(str, argv)]
+        sys.argv = [str(script), *map(str, argv)]
         os.chdir(cwd)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_path(str(SCRIPT), run_name="__main__")
+            runpy.run_path(str(script), run_name="__main__")
     except SystemExit as stop:
         code = stop.code or 0
     finally:
