@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Figure 3 and what belongs to it; seeds 1 to 3, fixed before the runs. AIHF's own runs are those of main_job.sh.
+# Two single-threaded runs side by side (JOBS=2). Stopped or killed, the same command carries on.
+#     bash benchmark/figure3.sh [1|2|3|4]     one part only; then: python benchmark/figure3.py
+# 1: RLHF on three robots.  2: what each source of data gives.  3: fewer and worse preferences.
+# 4: RLHF without its KL penalty, with SAC's entropy bonus alone, as the paper's robots have it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+runs() { # lines: env, method, variant, seed
+  local env seed method variant
+  for seed in 1 2 3; do
+    case $1 in
+      1) for env in Hopper-v4 HalfCheetah-v4 Walker2d-v4; do echo "$env rlhf default $seed"; done ;;
+      2) for env in Hopper-v4 HalfCheetah-v4; do
+           for method in demonstrations-only preferences-only; do echo "$env $method default $seed"; done
+         done ;;
+      3) for variant in share0.1 share0.3 flip0.1 flip0.3; do
+           for method in aihf rlhf; do echo "Hopper-v4 $method $variant $seed"; done
+         done ;;
+      4) for env in Hopper-v4 HalfCheetah-v4 Walker2d-v4; do echo "$env rlhf kl0 $seed"; done ;;
+    esac
+  done
+}
+
+run() { # env method variant seed
+  local name=figure3__$1__$2__$3__$4 script=aihf_sac_mujoco.py data=data_gen/assets/mujoco/$1 flags=()
+  [ "$2" = rlhf ] && script="rlhf_baseline.py mujoco"
+  [ "$2" = demonstrations-only ] && flags=(--preference-weight 0)
+  [ "$2" = preferences-only ] && flags=(--demo-weight 0)
+  [ "$3" = kl0 ] && flags=(--kl-coefficient 0)
+  case $3 in share* | flip*) data=runs/figure3_data/$1__$3 ;; esac
+  if [ -e "runs/$name/checkpoint.pt" ]; then
+    python $script --resume "runs/$name"
+  else
+    python $script --env "$1" --seed "$4" --run-name "$name" --data-dir "$data" ${flags[@]+"${flags[@]}"}
+  fi
+}
+export -f run
+
+mkdir -p runs/figure3_data
+for variant in share0.1 share0.3 flip0.1 flip0.3; do
+  folder=runs/figure3_data/Hopper-v4__$variant
+  flag=${variant%%0*} amount=0${variant#*0}
+  [ -e "$folder" ] || python benchmark/figure3_data.py --env Hopper-v4 "--$flag" "$amount" --output-dir "$folder"
+done
+for part in ${1:-1 2 3 4}; do runs "$part"; done |
+  xargs -P "${JOBS:-2}" -L 1 bash -c 'run "$@" >>"runs/figure3__$1__$2__$3__$4.log" 2>&1' _
