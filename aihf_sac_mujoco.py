@@ -887,7 +887,7 @@ if __name__ == "__main__":
         progress["wall_seconds"] += time.perf_counter() - started
         row["charts/wall_seconds"] = progress["wall_seconds"]
         with open(csv_path, "a") as file:
-            file.write(",".join(f"{row[name]:.6g}" if name in row else "" for name in METRICS) + "\n")
+            file.write(",".join(f"{row[name]:.9g}" if name in row else "" for name in METRICS) + "\n")
         if args.track:
             wandb.log(row, step=step)
         bar.set_postfix_str(

@@ -94,7 +94,7 @@ class MujocoArgs:
     # 3. RL
     critic_warmup_steps: int = 10_000
     """SAC steps in which the cloned policy acts and stands still while the Q networks learn its value"""
-    kl_coefficient: float = 0.2
+    kl_coefficient: float = 1.0
     """weight of log π⁰(a|s), of the cloned policy, which with the entropy bonus makes the KL penalty of (4) and (10).
     0 leaves the bonus alone, as the paper's robots have it, and loses what was cloned"""
     policy_steps_per_iteration: int = 5_000
@@ -789,7 +789,7 @@ def mujoco(args: MujocoArgs) -> None:
         row["charts/iteration"], row["charts/wall_seconds"] = progress["iteration"], progress["wall_seconds"]
         row["charts/sac_steps"] = row["charts/env_steps"] = progress["sac_steps"]
         with open(csv_path, "a") as file:
-            file.write(",".join(f"{row[name]:.6g}" if name in row else "" for name in METRICS) + "\n")
+            file.write(",".join(f"{row[name]:.9g}" if name in row else "" for name in METRICS) + "\n")
         if args.track:
             wandb.log(row, step=progress["sac_steps"])
 

@@ -3,7 +3,7 @@
     bash benchmark/main_job.sh      # the runs
     python benchmark/main_job.py    # seconds
 
-With no run folder left it draws figure and table from the committed main_job.csv.
+Runs whose folders are gone keep their rows of the committed main_job.csv.
 """
 
 import csv
@@ -50,7 +50,7 @@ def summarise(rows: list[dict], manifests: dict[str, dict]) -> str:
             run = [row for row in rows if row["env"] == env and row["seed"] == seed]
             final, best = float(run[-1]["return_mean"]), max(float(row["return_mean"]) for row in run)
             lines.append(
-                f"| {env} | {seed} | {int(run[-1]['sac_steps']) // 1000}k | {final:.0f} ± "
+                f"| {env} | {seed} | {float(run[-1]['sac_steps']) / 1000:.0f}k | {final:.0f} ± "
                 f"{float(run[-1]['return_std']):.0f} | {best:.0f} | {demo:.0f} | {final / demo:.0%} | "
                 f"{'yes' if final > medium else 'no'} ({medium:.0f}) | {float(run[-1]['wall_seconds']) / 60:.0f} |"
             )
@@ -87,13 +87,13 @@ if __name__ == "__main__":
         env: json.loads((assets / env / "manifest.json").read_text()) for env in ENVS if (assets / env).is_dir()
     }
     rows = collect(ROOT / "runs")
-    if rows:
-        with open(RESULTS, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-    else:
-        with open(RESULTS, newline="") as file:
-            rows = list(csv.DictReader(file))
+    found = {(row["env"], row["seed"]) for row in rows}
+    with open(RESULTS, newline="") as file:
+        rows += [row for row in csv.DictReader(file) if (row["env"], row["seed"]) not in found]
+    rows.sort(key=lambda row: (ENVS.index(row["env"]), row["seed"], float(row["sac_steps"])))
+    with open(RESULTS, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     draw(rows, manifests, ROOT / "benchmark/figures/main_job.png")
     print(summarise(rows, manifests))
