@@ -284,7 +284,7 @@ def draw(rows: list[dict], path: Path) -> None:
     middle.plot(iterations, curves["regret"].mean(1), color=COLORS["Algorithm 1"], linewidth=2, label="Algorithm 1")
     middle.set(ylim=(0, None))
     middle.set_title("regret in (10) with the true reward", fontsize=10)
-    middle.legend(frameon=False, fontsize=8, loc="center right")
+    middle.legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.6))
     for axis in (left, middle):
         axis.set_xscale("symlog", linthresh=1)
         axis.set(xlabel="iteration k", xlim=(0, iterations[-1]), xticks=(0, 1, 10, 100), xticklabels=(0, 1, 10, 100))
@@ -316,7 +316,7 @@ def write(path: Path, rows: list[dict]) -> None:
 
 def summary(rows: list[dict], key: str) -> str:
     values = [row[key] for row in rows]
-    return f"{np.mean(values):.3f} ± {np.std(values):.3f}"
+    return f"{np.mean(values).round(3) + 0:.3f} ± {np.std(values):.3f}"  # + 0: no -0.000
 
 
 if __name__ == "__main__":
@@ -354,10 +354,10 @@ if __name__ == "__main__":
     write(here / "results/tabular_mdp.csv", rows)
     draw(rows, here / "figures/tabular_mdp.png")
 
-    print(f"\n{'10 random MDPs':16}  never shown      distance         regret           true return")
+    print(f"\n{'10 random MDPs':16}  never shown     distance        regret          true return")
     for method in (*COLORS, "optimal"):
         of = [row for row in rows if row["method"] == method and row["iteration"] in ("", 150)]
         keys = ("uncovered_mass", "total_variation", "regret", "true_return")
-        print(f"{method:16}", *(f" {summary(of, key)} " for key in keys))
+        print(f"{method:16}", *(f" {summary(of, key)}" for key in keys))
     gaps = [[row["objective_gap"] for row in rows if row["iteration"] == k] for k in (0, 150)]
     print(f"L(θ) below the exact limit: {-np.mean(gaps[0]):.4f} at k = 0, {-np.mean(gaps[1]):.4f} at k = 150")
