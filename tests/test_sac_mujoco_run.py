@@ -283,7 +283,7 @@ def test_no_tracking_unless_asked(tmp_path, data, monkeypatch):
     assert settings["project"] == "there" and settings["config"]["total_timesteps"] == 200
     assert [step for step, _ in logged] == [100, 200]
     for (_, logged_row), row in zip(logged, rows(folder)):
-        assert {k: f"{v:.6g}" for k, v in logged_row.items() if k not in TIMES} == {k: v for k, v in row.items() if v}
+        assert {k: f"{v:.9g}" for k, v in logged_row.items() if k not in TIMES} == {k: v for k, v in row.items() if v}
 
 
 @pytest.mark.parametrize("compiler", ["works", "raises"])
@@ -1001,6 +1001,23 @@ def test_run_name_is_taken(tmp_path, data, finished):
     result = execute(tmp_path, command(data, finished.parent, run_name=finished.name))
     assert_refused(result, f"--resume {finished}", "--run-name")
     assert files(finished) == before
+
+
+def test_tracking_without_wandb(tmp_path, data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # to import it would raise
+    assert_refused(execute(tmp_path, command(data, tmp_path / "runs", "--track")), "wandb")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_resume_and_evaluate_at_once(tmp_path, finished):
+    assert_refused(execute(tmp_path, ["--resume", finished, "--evaluate", finished]), "--resume", "--evaluate")
+
+
+def test_pairs_that_are_no_file(tmp_path, data):
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "pairs.csv").write_bytes(b"\xff\xfe\x00")  # no UTF-8
+    assert_refused(execute(tmp_path, command(tmp_path / "data", tmp_path / "runs")), "pairs.csv")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_video_without_moviepy(tmp_path, data, monkeypatch):
