@@ -7,7 +7,7 @@ arXiv 2406.06874: Algorithm 1 on MuJoCo robots (Section 6.1, A.2.1). Equation nu
 
 learns to hop from 10 demonstrations and 2,000 preferences between 50-step segments (data_gen/assets/mujoco/Hopper-v4),
 prints the true return as it goes, used for nothing else, and writes runs/<run_name>/metrics.csv, learning_curve.png.
-A run of 300,000 steps took 20 minutes as one of four on two CPU cores.
+A run of 300,000 steps took 12 minutes on two CPU cores with other work on both.
 
 The main loop is at the end: LOWER LEVEL aligns the policy to the reward by SAC, SAMPLE plays it, UPPER LEVEL moves the
 reward along α g1 + g2, where demonstration_gradient is g1 and preference_gradient g2.
