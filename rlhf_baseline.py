@@ -1,7 +1,9 @@
 """RLHF in its three stages, one after the other: the baseline that AIHF is compared with.
 
 "Joint Demonstration and Preference Learning Improves Policy Alignment with Human Feedback", Li et al.,
-arXiv 2406.06874: the pipeline of Sections 2 and 6.1. Equation numbers are the paper's.
+arXiv 2406.06874: the pipeline of Sections 2, 6.1 and 6.2. Equation numbers are the paper's.
+
+Two worlds that share little but the command line: robots, and from LANGUAGE MODELS on, language models.
 
     python rlhf_baseline.py mujoco --env Hopper-v4
 
@@ -24,23 +26,44 @@ What is done to make it strong (benchmark/tuning/rlhf.md has what else was tried
 - β begins where it ends in AIHF's runs, and not at 1: that would widen the cloned policy.
 - A KL penalty holds the policy near the clone (--kl-coefficient), as in (4). The paper's robots have SAC's entropy
   bonus alone (--kl-coefficient 0), which on Hopper-v4 ends at a tenth of the clone's return.
+
+    python rlhf_baseline.py llm
+
+learns from demonstrations {prompt, completion} and preferences {prompt, chosen, rejected} to write movie reviews, and
+prints the held-out ground-truth score, KL and win rate over SFT as it goes; the ground truth is used for nothing else.
+--preset imdb and --preset hh are the paper's settings for models from the hub; `torchrun --nproc-per-node 2
+rlhf_baseline.py llm` shares every batch between processes.
+
+    1. SFT                 π_SFT = argmax_π Σ log π(y|x) over the demonstrations
+    2. REWARD MODEL        θ = argmax_θ L2(θ), (11), over the preferences: a language model with a scalar head
+    3. RL                  π = argmax_π E[R] - β KL(π ‖ π_SFT), (4), by PPO from π_SFT, with θ frozen
+
+A token is an action, and the score of the whole text comes with the last one (Ziegler et al. 2019). The value network
+begins as a copy of the reward model. The reward is shifted so that demonstrations are worth 0 on average. PPO's epochs
+and clips, β, and the lengths are not in the paper. Reward models read text, so their tokenizers may differ from the
+policy's. Stages 1 and 2 keep what does best on held-out rows, as above.
 """
 
+import copy
 import csv
+import gzip
 import hashlib
+import inspect
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, NamedTuple, Union
+from typing import Annotated, Literal, NamedTuple, Union
 
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from safetensors.torch import save_file
@@ -146,10 +169,6 @@ class MujocoArgs:
     capture_video: bool = False
     """write a video of the final policy to the run folder (pip install -e '.[video]')"""
 
-
-# A subcommand for each world. A union needs two members: the second cannot be seen or chosen.
-ROBOTS = tyro.conf.subcommand("mujoco", description="MuJoCo robots: behaviour cloning, reward model, SAC")
-Command = Union[Annotated[MujocoArgs, ROBOTS], Annotated[None, tyro.conf.Suppress]]  # noqa: UP007
 
 # What differs between environments: how long they take, and whether an episode can end by a fall.
 ENV_DEFAULTS = {
@@ -518,11 +537,11 @@ def write_atomically(path: Path, write) -> None:
     os.replace(temporary, path)
 
 
-def make_run_dir(run_dir: Path, args: MujocoArgs) -> None:
+def make_run_dir(run_dir: Path, args, metrics: list[str]) -> None:
     try:
         run_dir.mkdir(parents=True)
         (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT, **asdict(args)}, indent=2) + "\n")
-        (run_dir / "metrics.csv").write_text(",".join(METRICS) + "\n")
+        (run_dir / "metrics.csv").write_text(",".join(metrics) + "\n")
     except FileExistsError:
         fail(f"{run_dir} exists; carry it on with --resume {run_dir}, or give another --run-name")
     except OSError as error:
@@ -596,25 +615,31 @@ def draw_learning_curve(run_dir: Path, data_dir: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ the arguments
-def complete(args: MujocoArgs) -> MujocoArgs:
-    """The arguments with what the environment decides; with --resume or --evaluate, those of that run."""
+def arguments_of_run(args, world: str, may_change: list[str]):
+    """The arguments of the run that --resume or --evaluate names, but what is given now and may change; else None."""
     if args.resume and args.evaluate:
         fail("--resume trains a run on and --evaluate does not train: give one of them")
     if args.resume or args.evaluate:
-        path = Path(args.resume or args.evaluate) / "args.json"
+        path, kind = Path(args.resume or args.evaluate) / "args.json", type(args)
         try:
             saved = json.loads(path.read_text())
             if saved.pop("script") != SCRIPT:
                 raise KeyError("script")
-            saved |= {key: tuple(saved[key]) for key in ("hidden", "reward_range")}
-            saved = MujocoArgs(**saved)
+            saved = kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            fail(f"{path} is not the args.json of a run of {SCRIPT}.py mujoco; give the run's folder, runs/<run_name>")
-        args = tyro.cli(MujocoArgs, default=saved, args=sys.argv[2:])  # flags given now win over the run's own ...
-        for field in fields(MujocoArgs):  # ... where that does not make it another run
-            if field.name not in MAY_CHANGE and getattr(args, field.name) != getattr(saved, field.name):
+            fail(f"{path} is not the args.json of a run of {SCRIPT}.py {world}; give the run's folder, runs/<run_name>")
+        args = tyro.cli(kind, default=saved, args=sys.argv[2:])  # flags given now win over the run's own ...
+        for field in fields(kind):  # ... where that does not make it another run
+            if field.name not in may_change and getattr(args, field.name) != getattr(saved, field.name):
                 fail(f"a run goes on with its own arguments: leave out --{field.name.replace('_', '-')}")
         return args
+    return None
+
+
+def complete(args: MujocoArgs) -> MujocoArgs:
+    """The arguments with what the environment decides; with --resume or --evaluate, those of that run."""
+    if of_run := arguments_of_run(args, "mujoco", MAY_CHANGE):
+        return of_run
     defaults = ENV_DEFAULTS.get(args.env.split("-v")[0], ENV_DEFAULTS["Hopper"])
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -624,14 +649,18 @@ def complete(args: MujocoArgs) -> MujocoArgs:
     return args
 
 
-def check_args(args: MujocoArgs) -> None:
-    for field in fields(MujocoArgs):
+def check_numbers(args, may_be_zero) -> None:
+    for field in fields(args):
         value, flag = getattr(args, field.name), f"--{field.name.replace('_', '-')}"
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             if not 0 <= value < math.inf:
                 fail(f"{flag} must be a finite number and not negative: {value}")
-            if value == 0 and field.name not in MAY_BE_ZERO:
+            if value == 0 and field.name not in may_be_zero:
                 fail(f"{flag} must be more than 0")
+
+
+def check_args(args: MujocoArgs) -> None:
+    check_numbers(args, MAY_BE_ZERO)
     if args.total_timesteps > 10**8:
         fail("--total-timesteps must be at most 100 million: all of them are kept in memory")
     if args.gamma >= 1 or args.tau > 1 or args.held_out_share >= 1:
@@ -757,7 +786,7 @@ def mujoco(args: MujocoArgs) -> None:
         with open(csv_path, "rb+") as file:
             file.truncate(progress["csv_bytes"])  # rows written after the checkpoint will be written again
     else:
-        make_run_dir(run_dir, args)
+        make_run_dir(run_dir, args, METRICS)
 
     def save_checkpoint() -> None:
         state = {
@@ -962,8 +991,954 @@ def mujoco(args: MujocoArgs) -> None:
     print(f"final true return {last_return}; {draw_learning_curve(run_dir, data_dir)}")
 
 
+# ===================================================================================================== LANGUAGE MODELS
+# From here on nothing is shared with the robots but fail, write_atomically, stop_if_not_finite and the run folder.
+ASSETS = "data_gen/assets/imdb"
+
+
+@dataclass
+class LlmArgs:
+    preset: Literal["", "imdb", "hh"] = ""
+    """the paper's settings (Table 2) for models from the hub; flags given beside it win"""
+    model_name_or_path: str = f"{ASSETS}/model"
+    """the base policy: a causal language model, a folder or hub id"""
+    reward_model_path: str = ""
+    """base of the reward model, default: the base policy. A sequence classifier whose head is trained (one output, or
+    two: score = logit 1 - logit 0) is the reward model as it is: stage 2 is left out"""
+    sft_model_path: str = ""
+    """the policy to start stage 3 from, and its reference: stage 1 is left out"""
+    ground_truth_path: str = f"{ASSETS}/classifier"
+    """a sequence classifier, for evaluation alone; '' for none"""
+    demonstrations: str = f"{ASSETS}/demonstrations.jsonl"
+    """rows {prompt, completion}: .jsonl, .jsonl.gz or a hub id"""
+    preferences: str = f"{ASSETS}/preferences.jsonl"
+    """rows {prompt, chosen, rejected}"""
+    prompts: str = f"{ASSETS}/prompts.jsonl"
+    """rows {prompt}; the last --eval-prompts are for evaluation"""
+    seed: int = 1
+    """seeds everything: heads, held-out data, batches, sampling; evaluation has a fixed seed of its own"""
+    held_out_share: float = 0.1
+    """share of the demonstrations, and of the preferences, that chooses what stages 1 and 2 keep"""
+    max_prompt_length: int = 64
+    """tokens; of a longer prompt the policy reads the last ones"""
+    response_length: int = 32
+    """tokens of a response at most"""
+    temperature: float = 1.0
+    """of sampling; logits are divided by it in every log-probability of stage 3"""
+    append_eos: bool = False
+    """end demonstrations that are shorter than --response-length with the end token (they may also spell it out)"""
+    micro_batch_size: int = 64
+    """rows in one forward and backward pass of a process; the result does not depend on it"""
+    anneal: bool = True
+    """let the learning rates fall linearly to 0, in each stage"""
+    max_grad_norm: float = 1.0
+    """gradients are cut to this norm"""
+
+    # 1. Supervised fine-tuning
+    sft_epochs: float = 3.0
+    """passes over the demonstrations"""
+    sft_batch_size: int = 32
+    """demonstrations in a step, those of all processes together, as in all batch sizes"""
+    sft_learning_rate: float = 1e-4
+    """Adam's"""
+
+    # 2. The reward model
+    reward_epochs: float = 3.0
+    """passes over the preferences"""
+    reward_batch_size: int = 32
+    """pairs in a step"""
+    reward_learning_rate: float = 3e-4
+    """Adam's"""
+
+    # 3. PPO
+    ppo_steps: int = 100
+    """batches of responses"""
+    batch_size: int = 128
+    """responses in each"""
+    minibatch_size: int = 64
+    """responses in an optimiser step"""
+    ppo_epochs: int = 2
+    """passes over each batch"""
+    learning_rate: float = 3e-4
+    """Adam's, for the policy"""
+    value_learning_rate: float = 3e-4
+    """Adam's, for the value network"""
+    gamma: float = 1.0
+    """discount"""
+    gae_lambda: float = 0.95
+    """of generalised advantage estimation"""
+    clip: float = 0.2
+    """probability ratios count up to 1 ± this"""
+    value_clip: float = 0.2
+    """values move at most this far from the old ones"""
+    kl_coefficient: float = 0.05
+    """β of (4) and (10), where the controller begins if it is adaptive"""
+    adaptive_kl: bool = False
+    """steer β so that the KL divergence goes to --target-kl (Ziegler et al. 2019)"""
+    target_kl: float = 6.0
+    """nats a response"""
+    kl_horizon: float = 10_000.0
+    """episodes in which an adaptive β changes by a factor of about e at most 20 % error a step"""
+    missing_eos_penalty: float = 0.0
+    """taken from the score of a response without the end token"""
+
+    # Running
+    eval_prompts: int = 128
+    """held-out prompts"""
+    eval_every: int = 10
+    """PPO steps between evaluations"""
+    samples: int = 3
+    """rows of the table of samples on screen"""
+    checkpoint_every: int = 10
+    """PPO steps between checkpoints; stages 1 and 2 save at each tenth of their way"""
+    save_every: int = 0
+    """PPO steps between copies of the policy, policy_<step> in the run folder; 0 for the last one only, in policy"""
+    runs_dir: str = "runs"
+    """where run folders go"""
+    run_name: str = ""
+    """name of the run's folder; default llm__rlhf_baseline__<seed>__<time>"""
+    resume: str = ""
+    """a run folder to carry on from its last checkpoint, with its own arguments"""
+    evaluate: str = ""
+    """a run folder whose policy to evaluate instead of training"""
+    cuda: bool = True
+    """use a GPU when there is one, in bfloat16 with float32 weights and log-probabilities"""
+    threads: int = 2
+    """CPU threads of torch, of each process"""
+    track: bool = False
+    """log to Weights & Biases as well"""
+    wandb_project_name: str = "aihf"
+    """its project"""
+    wandb_entity: str | None = None
+    """its team"""
+
+
+PRESETS = {  # Table 2 and Section 6; what it leaves open is chosen as in the libraries for these models
+    "imdb": {
+        "model_name_or_path": "gpt2",
+        "ground_truth_path": "lvwerra/distilbert-imdb",
+        "sft_learning_rate": 1e-5,
+        "reward_learning_rate": 1e-5,
+        "reward_batch_size": 128,
+        "learning_rate": 1.41e-5,
+        "value_learning_rate": 1.41e-5,
+        "batch_size": 256,
+        "minibatch_size": 64,
+        "ppo_epochs": 4,
+        "ppo_steps": 1000,
+    },
+    "hh": {
+        "model_name_or_path": "EleutherAI/pythia-160m",
+        "reward_model_path": "EleutherAI/pythia-1.4b",
+        "ground_truth_path": "",  # beaver-7b-v3.0-reward is no architecture of transformers' own
+        **{name: f"runs/hh_data/{name}.jsonl" for name in ("demonstrations", "preferences", "prompts")},
+        "max_prompt_length": 512,
+        "response_length": 128,
+        "append_eos": True,
+        "missing_eos_penalty": 1.0,
+        "sft_epochs": 1.0,
+        "sft_learning_rate": 1e-5,
+        "reward_epochs": 1.0,
+        "reward_learning_rate": 1e-5,
+        "reward_batch_size": 8,
+        "learning_rate": 1e-6,
+        "value_learning_rate": 1e-6,
+        "batch_size": 4,
+        "minibatch_size": 4,
+        "micro_batch_size": 4,
+        "ppo_steps": 6000,
+        "eval_every": 500,
+        "checkpoint_every": 500,
+    },
+}
+LLM_MAY_CHANGE = (
+    "resume evaluate ppo_steps eval_every samples checkpoint_every save_every micro_batch_size cuda threads "
+    "track wandb_project_name wandb_entity"
+).split()
+LLM_MAY_BE_ZERO = ("seed", "kl_coefficient", "missing_eos_penalty", "save_every", "samples")
+LLM_METRICS = (
+    "charts/stage charts/step charts/episodes charts/episodes_per_second charts/wall_seconds "
+    "sft/loss sft/held_out_loss "
+    "rewards/loss rewards/held_out_loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies "
+    "objective/kl objective/scores objective/entropy objective/rlhf_reward objective/kl_coefficient "
+    "losses/policy losses/value losses/approx_kl losses/clip_fraction losses/ratio "
+    "charts/response_length charts/ended_share "
+    "eval/gt_score eval/gt_score_std eval/kl eval/win_rate eval/learned_score eval/reward_correlation "
+    "eval/response_length"
+).split()
+
+
+# --------------------------------------------------------------------------------- several processes (torchrun), or one
+# Process r of n holds rows r, r + n, r + 2n ... of every batch. Whatever is normalised (losses by tokens, advantages by
+# mean and deviation) is normalised over the rows of all, so the number of processes changes nothing.
+def processes() -> tuple[int, int]:
+    """(rank, how many)"""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def mine(rows):
+    """This process's share of rows, a list, array or tensor."""
+    rank, count = processes()
+    return rows[rank::count]
+
+
+def all_rows(x: Tensor) -> Tensor:
+    """The inverse of mine, for a tensor (rows, ...) with as many rows in every process."""
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(processes()[1])]
+    dist.all_gather(parts, x.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)
+
+
+def distributed(module: torch.nn.Module) -> torch.nn.Module:
+    """The module, to be called where gradients are wanted: DistributedDataParallel averages these over processes."""
+    return torch.nn.parallel.DistributedDataParallel(module) if processes()[1] > 1 else module
+
+
+# ---------------------------------------------------------------------------------------------- data and tokens
+def is_local(name: str) -> bool:
+    """A path rather than a hub id, which is `name` or `owner/name`."""
+    return Path(name).exists() or name[:1] in (".", "~", "/") or name.count("/") > 1 or ".jsonl" in name
+
+
+def check_path(name: str, flag: str) -> None:
+    if is_local(name) and not Path(name).exists():
+        made_by = {"model": "pretrain", "classifier": "classifier"}.get(Path(name).name, "tiers")
+        hint = f"; make it with `python data_gen/imdb_data.py {made_by}`" if name.startswith(ASSETS) else ""
+        fail(f"there is no {name}{hint or f'; give another --{flag}'}")
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def read_texts(name: str, flag: str, columns: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The columns of a .jsonl(.gz) file, or of a hub data set's split train."""
+    check_path(name, flag)
+    try:
+        if is_local(name):
+            with (gzip.open if name.endswith(".gz") else open)(name, "rt", encoding="utf-8") as file:
+                rows = [json.loads(line) for line in file if line.strip()]
+        else:
+            from datasets import load_dataset
+
+            rows = list(load_dataset(name, split="train"))
+    except ImportError:
+        fail(f"there is no file {name}; to read it from the hub, pip install -e '.[hub]'")
+    except Exception as error:  # no JSON, no UTF-8, half a .gz; or of the network, the hub, the cache ...
+        fail(f"cannot read --{flag} {name} ({one_line(error)})")
+    for number, row in enumerate(rows, 1):
+        if not (isinstance(row, dict) and all(isinstance(row.get(key), str) and row[key] for key in columns)):
+            fail(f"row {number} of {name} needs text under {', '.join(columns)}")
+    return [tuple(row[key] for key in columns) for row in rows] or fail(f"--{flag} {name} is empty")
+
+
+def pad_rows(rows: list[list[int]], pad_id: int, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Token ids and their mask, int64 (rows, longest) each. The mask goes by length: a text may hold the pad token."""
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), pad_id), torch.zeros(len(rows), width, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), width) if left else slice(len(row))
+        ids[i, where], mask[i, where] = torch.tensor(row, dtype=torch.int64), 1
+    return ids, mask
+
+
+def in_parts(rows, size: int) -> list:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def draw(count: int, size: int, step: int, seed: tuple[int, ...]) -> np.ndarray:
+    """Batch number `step` of `size` rows of a stream of shuffled epochs: a resumed run needs no more to go on."""
+    first, last = step * size, (step + 1) * size
+    epochs = range(first // count, -(-last // count))
+    stream = np.concatenate([np.random.default_rng([*seed, epoch]).permutation(count) for epoch in epochs])
+    return stream[first % count :][:size]
+
+
+# ----------------------------------------------------------------------------------------------------------- models
+# Dropout is off because the models stay in evaluation mode, as from_pretrained returns them.
+def load_pretrained(kind: str, name: str, flag: str, **kwargs):
+    """A tokenizer, configuration or float32 model of a transformers Auto class; no remote code is ever run, and of
+    pickled weights only tensors are read. Fails with one line."""
+    import transformers
+
+    check_path(name, flag)
+    try:
+        return getattr(transformers, kind).from_pretrained(name, trust_remote_code=False, **kwargs)
+    except Exception as error:  # of the network, the hub, the files, an unknown architecture ...
+        fail(f"cannot load --{flag} {name} ({one_line(error)})")
+
+
+def half_on_cuda(device: torch.device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Positions that begin at 0 with each row's first token, wherever the padding is: (rows, tokens)."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+class Policy(torch.nn.Module):
+    """π: a causal language model, of which nothing is wanted but log-probabilities of responses and their sampling."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm = lm
+        self.can_keep = "logits_to_keep" in inspect.signature(lm.forward).parameters  # older versions cannot
+
+    def logits(self, length: int, **inputs):
+        """Logits of the last `length` positions, float32 (rows, length, vocabulary), and the cache."""
+        with half_on_cuda(inputs["input_ids"].device):
+            out = self.lm(**inputs, **({"logits_to_keep": length} if self.can_keep else {}))
+        return out.logits[:, -length:].float(), out.past_key_values
+
+    def forward(self, ids: Tensor, mask: Tensor, length: int, temperature: float = 1.0) -> Tensor:
+        """log π(y_t | x, y_<t) of the last `length` tokens of ids, float32 (rows, length); ids and mask (rows, tokens)
+        hold prompts padded on the left and responses padded on the right. Padding gets a number, to be masked."""
+        logits, _ = self.logits(
+            length + 1, input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False
+        )
+        return token_log_probs(logits[:, :-1], ids[:, -length:], temperature)
+
+    @torch.no_grad()
+    def sample(self, ids: Tensor, mask: Tensor, uniform: Tensor, temperature: float, eos_id: int, pad_id: int):
+        """Responses to prompts ids, mask (rows, P) padded on the left: (rows, N'), padded after the end token.
+
+        uniform (rows, N) in [0, 1) holds the randomness: token t is where the cumulative probability passes it, so no
+        row depends on its batch. Ends when every row has, at N tokens at the latest.
+        """
+        tokens, where, cache = [], positions(mask), None
+        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        for u in uniform.unbind(1):
+            logits, cache = self.logits(
+                1, input_ids=ids, attention_mask=mask, position_ids=where, past_key_values=cache, use_cache=True
+            )
+            cumulative = (logits[:, -1] / temperature).softmax(-1).double().cumsum(-1)
+            chosen = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)
+            ids = torch.where(ended[:, None], pad_id, chosen.clamp(max=logits.shape[-1] - 1))
+            tokens.append(ids)
+            ended |= ids[:, 0] == eos_id
+            if ended.all():
+                break
+            mask, where = torch.cat([mask, torch.ones_like(ids)], 1), where[:, -1:] + 1
+        return torch.cat(tokens, 1)
+
+
+class Scorer(torch.nn.Module):
+    """r and V: a sequence classifier as a number at every token. Reward model: its number at the last token of a text.
+    Value network: the same, at every state. Right-padded or left-padded, by mask."""
+
+    def __init__(self, model, tokenizer, pad_id: int):
+        super().__init__()
+        self.model, self.tokenizer, self.pad_id = model, tokenizer, pad_id
+        self.is_decoder = hasattr(model, "score")  # GPT-2, GPT-NeoX, Llama ...: a linear head on every token
+        limits = (getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
+        self.limit = min([limit for limit in limits if limit] + [10**6])
+        self.register_buffer("offset", torch.zeros(()))
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Scores (rows, tokens), float32, of ids and mask (rows, tokens)."""
+        with half_on_cuda(ids.device):
+            if self.is_decoder:
+                inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
+                logits = self.model.score(self.model.base_model(**inputs, use_cache=False)[0]).float()
+            else:  # BERT and its like read the whole text at once
+                logits = self.model(input_ids=ids, attention_mask=mask).logits.float()
+                logits = logits[:, None].expand(-1, ids.shape[1], -1)
+        return logits[..., -1] - (logits[..., 0] if logits.shape[-1] == 2 else 0) - self.offset
+
+    def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask, padded on the right; of a text that is too long the end is read."""
+        rows = self.tokenizer(texts, truncation=True, max_length=self.limit)["input_ids"]
+        return tuple(x.to(self.offset.device) for x in pad_rows(rows, self.pad_id))
+
+    @torch.no_grad()
+    def score(self, texts: list[str], rows_at_once: int) -> Tensor:
+        """(texts,)"""
+        inputs = map(self.encode, in_parts(texts, rows_at_once))
+        return torch.cat([at_last(self(ids, mask), mask) for ids, mask in inputs])
+
+
+def load_tokenizer(name: str, flag: str):
+    """(tokenizer, id of the end token, id of the padding), the latter two distinct."""
+    tokenizer = load_pretrained("AutoTokenizer", name, flag)
+    tokenizer.truncation_side = "left"
+    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if pad_id is None or pad_id == eos_id:  # which token it is does not matter, masks go by length
+        pad_id = int(eos_id == 0)
+    return tokenizer, eos_id, pad_id
+
+
+def load_scorer(name: str, flag: str, must_be_trained: bool, device: torch.device) -> tuple[Scorer, bool]:
+    """A scorer, and whether its head was there: otherwise it is one output, new."""
+    config = load_pretrained("AutoConfig", name, flag)
+    trained = any("SequenceClassification" in kind for kind in config.architectures or ())
+    one_output = {} if trained else {"num_labels": 1}
+    model, info = load_pretrained(
+        "AutoModelForSequenceClassification", name, flag, output_loading_info=True, **one_output
+    )
+    if model.config.num_labels > 2 or (must_be_trained or trained) and info["missing_keys"]:
+        fail(f"--{flag} {name} has no trained head of one or two outputs: it is no reward model")
+    tokenizer, _, pad_id = load_tokenizer(name, flag)
+    return Scorer(model.float(), tokenizer, pad_id).to(device).eval(), trained
+
+
+# ----------------------------------------------------------------------------------------- what PPO does, in equations
+def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / temperature) at tokens: (rows, N) of logits (rows, N, vocabulary) and tokens (rows, N)."""
+    return (logits / temperature).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+
+
+def at_last(x: Tensor, mask: Tensor) -> Tensor:
+    """x (rows, tokens) at each row's last token, for texts padded on the right: (rows,)."""
+    return x.gather(1, mask.sum(-1, keepdim=True) - 1).squeeze(-1)
+
+
+def response_mask(responses: Tensor, eos_id: int) -> Tensor:
+    """1 up to and with the first end token, 0 after it: int64 (rows, N)."""
+    ends = (responses == eos_id).long()
+    return (ends.cumsum(-1) - ends == 0).long()
+
+
+def token_rewards(log_ratio: Tensor, scores: Tensor, mask: Tensor, kl_coefficient: float) -> Tensor:
+    """(4) and (10) token by token: -β log(π/π_SFT) at each, plus the score at the last (the end token if there is one).
+
+    log_ratio and mask (rows, N), scores (rows,); returns (rows, N), 0 after the end (Ziegler et al. 2019, (2)).
+    """
+    last = (positions(mask)[:, -1:] == torch.arange(mask.shape[1], device=mask.device)).float()
+    return (-kl_coefficient * log_ratio + scores[:, None] * last) * mask
+
+
+def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float):
+    """Advantages and returns, (rows, N) each (Schulman et al. 2016, (16)); rewards, values and mask are (rows, N).
+
+    The value after the end is 0. values[:, t] is that of the state in which token t is chosen. Returns are those of the
+    value network, A + V, before any whitening.
+    """
+    values = values * mask
+    next_values = F.pad(values[:, 1:], (0, 1))
+    delta = (rewards + gamma * next_values - values) * mask
+    advantages, running = torch.zeros_like(delta), torch.zeros_like(delta[:, 0])
+    for t in reversed(range(delta.shape[1])):
+        running = delta[:, t] + gamma * lam * running
+        advantages[:, t] = running
+    return advantages, advantages + values
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x (rows, N) where mask is 1, over the rows of all processes: ()."""
+    total, count = all_rows(torch.stack([(x * mask).sum(), mask.sum()])[None]).sum(0)
+    return total / count
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """x (rows, N) with mean 0 and variance 1 where mask is 1, over the rows of all processes; 0 elsewhere."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+
+def policy_losses(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """PPO's loss of each token and the probability ratio, (rows, N) each (Schulman et al. 2017, (7))."""
+    ratio = (log_probs - old_log_probs).exp()
+    return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)), ratio
+
+
+def value_losses(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """Half the squared error of each token, (rows, N); to move a value further than clip gains nothing."""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+def adapt_kl_coefficient(coefficient: float, kl: float, target: float, episodes: int, horizon: float) -> float:
+    """Proportional control of log β (Ziegler et al. 2019, 2.2)."""
+    return coefficient * (1 + min(max(kl / target - 1, -0.2), 0.2) * episodes / horizon)
+
+
+def rank_correlation(x: Tensor, y: Tensor) -> float:
+    """Spearman's, of x and y (rows,), ties in the order they come."""
+    return torch.corrcoef(torch.stack([x, y]).argsort().argsort().double())[0, 1].item()
+
+
+# --------------------------------------------------------------------------------------------------------- arguments
+def complete_llm(args: LlmArgs) -> LlmArgs:
+    """The arguments with those of the preset; with --resume or --evaluate, those of that run."""
+    if of_run := arguments_of_run(args, "llm", LLM_MAY_CHANGE):
+        return of_run
+    if args.preset:
+        args = tyro.cli(LlmArgs, default=LlmArgs(**PRESETS[args.preset]), args=sys.argv[2:])
+    args.run_name = args.run_name or f"llm__{SCRIPT}__{args.seed}__{int(time.time())}"
+    return args
+
+
+def check_llm_args(args: LlmArgs) -> None:
+    check_numbers(args, LLM_MAY_BE_ZERO)
+    if args.gamma > 1 or args.gae_lambda > 1 or args.held_out_share >= 1:
+        fail("--gamma and --gae-lambda must be at most 1 and --held-out-share below 1")
+    if args.batch_size % args.minibatch_size:
+        fail("--batch-size must be a multiple of --minibatch-size")
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    for name in ("sft_batch_size", "reward_batch_size", "minibatch_size", "eval_prompts"):
+        if getattr(args, name) % count:
+            fail(f"--{name.replace('_', '-')} must be a multiple of the {count} processes")
+
+
+def load_llm_checkpoint(run_dir: Path) -> dict:
+    path = run_dir / "checkpoint.pt"
+    if not path.is_file():
+        fail(f"no checkpoint at {path}; the run has to be started anew")
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        if not {"stage", "step", "csv_bytes"} <= set(state["progress"]) or not {"parts", "data_hash"} <= set(state):
+            raise KeyError
+    except Exception as error:  # torch.load raises almost anything on a damaged file
+        fail(f"{path} is damaged or no checkpoint of {SCRIPT}.py llm ({type(error).__name__}); start the run anew")
+    return state
+
+
+def llm(args: LlmArgs) -> None:
+    import transformers  # here, as robots need none
+
+    transformers.logging.set_verbosity_error()  # a new head is no news
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(args.threads)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        name = [args.run_name]
+        dist.broadcast_object_list(name)  # it has the time in it
+        args.run_name = name[0]
+    rank, count = processes()
+    if args.track:
+        try:
+            import wandb
+        except ImportError:
+            fail("--track needs wandb: pip install wandb")
+
+    # ------------------------------------------------------------------------------ the run so far, models and data
+    run_dir = Path(args.resume or args.evaluate or Path(args.runs_dir) / args.run_name)
+    csv_path = run_dir / "metrics.csv"
+    state = load_llm_checkpoint(run_dir) if args.resume or args.evaluate else None
+    progress = {"stage": 1, "step": 0, "episodes": 0, "wall_seconds": 0.0, "csv_bytes": 0, "losses": []}
+    progress |= {"best": math.inf, "kl_coefficient": args.kl_coefficient, **(state["progress"] if state else {})}
+
+    sft_path = args.sft_model_path or str(run_dir / "sft" if progress["stage"] > 1 else args.model_name_or_path)
+    flag = "sft-model-path" if args.sft_model_path else "model-name-or-path"
+    tokenizer, eos_id, pad_id = load_tokenizer(sft_path, flag)
+    if eos_id is None:
+        fail(f"--{flag} {sft_path} has no end-of-text token")
+    policy = Policy(load_pretrained("AutoModelForCausalLM", sft_path, flag).float()).to(device).eval()
+    limit = getattr(policy.lm.config, "max_position_embeddings", None) or math.inf
+    if args.max_prompt_length + args.response_length > limit:
+        fail(f"--max-prompt-length and --response-length together must be at most the {limit} that {sft_path} reads")
+    torch.manual_seed(args.seed)  # of the reward model's head
+    reward_path = args.reward_model_path or args.model_name_or_path
+    reward, given = load_scorer(reward_path, "reward-model-path", False, device)
+    if progress["stage"] == 3 and not given:
+        reward, _ = load_scorer(str(run_dir / "reward"), "resume", True, device)
+    judge = None
+    if args.ground_truth_path:  # for evaluation, and for nothing else
+        judge, _ = load_scorer(args.ground_truth_path, "ground-truth-path", True, device)
+
+    demos = pairs = []
+    if not args.sft_model_path or not given:
+        demos = read_texts(args.demonstrations, "demonstrations", ("prompt", "completion"))
+    if not given:
+        pairs = read_texts(args.preferences, "preferences", ("prompt", "chosen", "rejected"))
+    prompts = [prompt for (prompt,) in read_texts(args.prompts, "prompts", ("prompt",))]
+    if len(prompts) <= args.eval_prompts:
+        fail(f"--prompts {args.prompts} has {len(prompts)} rows: too few for --eval-prompts {args.eval_prompts}")
+    data_hash = hashlib.sha256(repr((demos, pairs, prompts)).encode()).hexdigest()
+    if state and state["data_hash"] != data_hash:
+        fail(f"{run_dir / 'checkpoint.pt'} was trained on other data than the data flags now give")
+    if progress["stage"] == 3 and args.ppo_steps < progress["step"]:
+        fail(f"--ppo-steps {args.ppo_steps}: the run is at {progress['step']} already")
+    if state and not csv_path.is_file():
+        fail(f"no {csv_path} to carry on")
+    held_out_rng = np.random.default_rng([args.seed, 0])
+    splits = [
+        hold_out(len(rows), args.held_out_share, f"row in {name}", held_out_rng) if rows else ()
+        for rows, name in ((demos, args.demonstrations), (pairs, args.preferences))
+    ]
+
+    def token_ids(texts: list[str], **kwargs) -> list[list[int]]:
+        return tokenizer(texts, **kwargs)["input_ids"]
+
+    prompt_ids = token_ids(prompts, truncation=True, max_length=args.max_prompt_length)
+    train_prompts, eval_prompts = prompts[: -args.eval_prompts], prompts[-args.eval_prompts :]
+    train_ids, eval_ids = prompt_ids[: -args.eval_prompts], prompt_ids[-args.eval_prompts :]
+
+    # ----------------------------------------------------------------------------------- the run folder, log and state
+    if progress["stage"] == 1 and args.sft_model_path:
+        progress["stage"] = 2
+    if progress["stage"] == 2 and given:
+        progress["stage"] = 3
+    if args.evaluate and progress["stage"] < 3:
+        fail(f"{run_dir} has not come to PPO yet; carry it on with --resume {run_dir}")
+    if args.resume and rank == 0:
+        with open(csv_path, "rb+") as file:
+            file.truncate(progress["csv_bytes"])  # rows written after the checkpoint will be written again
+    elif not args.evaluate and rank == 0:
+        make_run_dir(run_dir, args, LLM_METRICS)
+    if args.track and rank == 0 and not args.evaluate:
+        project, entity, name = args.wandb_project_name, args.wandb_entity, run_dir.name
+        wandb.init(project=project, entity=entity, name=name, id=name, resume="allow", config=asdict(args))
+    interrupted = False
+
+    def interrupt(signum, frame):
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
+        tqdm.write("Ctrl-C: finishing this step, then saving; once more to stop at once")
+
+    signal.signal(signal.SIGINT, interrupt)
+
+    def is_interrupted() -> bool:
+        """Whether any of the processes is."""
+        return bool(all_rows(torch.tensor([float(interrupted)], device=device)).any())
+
+    def stop() -> None:
+        if rank == 0:
+            where = f"in stage {progress['stage']} after step {progress['step']}"
+            print(f"stopped {where}; carry on with: python {SCRIPT}.py llm --resume {run_dir}")
+        raise SystemExit(130)
+
+    def save_checkpoint(**modules_and_optimizers) -> None:
+        if rank == 0:
+            parts = {name: part.state_dict() for name, part in modules_and_optimizers.items()}
+            now = {**progress, "csv_bytes": csv_path.stat().st_size}
+            state = {"progress": now, "data_hash": data_hash, "parts": parts}
+            write_atomically(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
+
+    def load(**modules_and_optimizers) -> bool:
+        """What save_checkpoint saved, if that was in this stage; whether it was."""
+        found = state and state["progress"]["stage"] == progress["stage"] and state["parts"]
+        for name, part in modules_and_optimizers.items() if found else ():
+            part.load_state_dict(state["parts"][name])
+        return bool(found)
+
+    def save_model(model, its_tokenizer, name: str) -> None:
+        if rank == 0:
+            temporary = run_dir / f".{name}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            model.save_pretrained(temporary)
+            its_tokenizer.save_pretrained(temporary)
+            shutil.rmtree(run_dir / name, ignore_errors=True)
+            os.replace(temporary, run_dir / name)
+        if count > 1:
+            dist.barrier()
+
+    def log(row: dict) -> None:
+        if rank == 0:
+            row |= {f"charts/{name}": progress[name] for name in ("stage", "step", "episodes", "wall_seconds")}
+            with open(csv_path, "a") as file:
+                file.write(",".join(f"{row[name]:.9g}" if name in row else "" for name in LLM_METRICS) + "\n")
+            if args.track:
+                wandb.log(row)
+
+    if not state:
+        save_checkpoint()
+
+    def fit(name: str, module, rows: np.ndarray, size: int, epochs: float, learning_rate: float, batch_loss, held_out):
+        """Adam on batch_loss, which leaves gradients, for stages 1 and 2; in the end the module is as when it did best
+        in held_out(), which gives (loss, row for the log) and is asked ten times."""
+        steps = max(1, math.ceil(epochs * len(rows) / size))
+        optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate)
+        best = copy.deepcopy(module)
+        load(module=module, optimizer=optimizer, best=best)
+        forward = distributed(module)
+        bar = tqdm(total=steps, initial=progress["step"], desc=name, mininterval=1.0, disable=rank > 0)
+        for step in range(progress["step"], steps):
+            started = time.perf_counter()
+            if args.anneal:
+                optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
+            batch = rows[draw(len(rows), size, step, (args.seed, progress["stage"]))]
+            loss = batch_loss(forward, batch)
+            norm = torch.nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm)
+            stop_if_not_finite(step, run_dir, loss=loss, gradient=norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            progress["step"] = step + 1
+            progress["losses"].append(loss.item())
+            is_check = (step + 1) % max(1, steps // 10) == 0 or step + 1 == steps
+            if is_check:
+                value, row = held_out()
+                if value < progress["best"]:
+                    progress["best"] = value
+                    best.load_state_dict(module.state_dict())
+                prefix = "sft" if progress["stage"] == 1 else "rewards"
+                row |= {f"{prefix}/loss": np.mean(progress["losses"]), f"{prefix}/held_out_loss": value}
+                progress["losses"] = []
+                bar.set_postfix_str(f"held-out loss {value:.3f}")
+            progress["wall_seconds"] += time.perf_counter() - started
+            bar.update()
+            if is_check:
+                log(row)
+            if (leave := is_interrupted()) or is_check:
+                save_checkpoint(module=module, optimizer=optimizer, best=best)
+            if leave:
+                stop()
+        bar.close()
+        module.load_state_dict(best.state_dict())
+
+    def next_stage(stage: int) -> None:
+        progress.update(stage=stage, step=0, best=math.inf, losses=[])
+        save_checkpoint()
+
+    # ================================================================ 1. SFT: maximise Σ log π(y|x) over demonstrations
+    if progress["stage"] == 1:
+        demo_prompts = token_ids([p for p, _ in demos], truncation=True, max_length=args.max_prompt_length)
+        completions = token_ids([y for _, y in demos], add_special_tokens=False)
+        if args.append_eos:
+            completions = [ids + [eos_id] for ids in completions]
+        completions = [ids[: args.response_length] for ids in completions]
+
+        def nll(policy, rows) -> Tensor:
+            """Σ -log π over the completions' tokens, ()."""
+            left = pad_rows([demo_prompts[i] for i in rows], pad_id, left=True)
+            right = pad_rows([completions[i] for i in rows], pad_id)
+            ids, mask = (torch.cat(pair, 1).to(device) for pair in zip(left, right))
+            return -(policy(ids, mask, right[1].shape[1]) * right[1].to(device)).sum()
+
+        def sft_loss(policy, batch) -> Tensor:
+            tokens, total = sum(len(completions[i]) for i in batch), torch.zeros((), device=device)
+            for part in in_parts(mine(batch), args.micro_batch_size):
+                loss = nll(policy, part) / tokens
+                (loss * count).backward()  # because gradients are averaged over processes
+                total += loss.detach()
+            return all_rows(total[None]).sum()
+
+        @torch.no_grad()
+        def sft_held_out() -> tuple[float, dict]:
+            rows = splits[0][1]
+            total = sum(nll(policy, part).item() for part in in_parts(rows, args.micro_batch_size))
+            return total / sum(len(completions[i]) for i in rows), {}
+
+        sizes = args.sft_batch_size, args.sft_epochs, args.sft_learning_rate
+        fit("1. SFT", policy, splits[0][0], *sizes, sft_loss, sft_held_out)
+        save_model(policy.lm, tokenizer, "sft")
+        sft_path = str(run_dir / "sft")
+        next_stage(3 if given else 2)
+
+    # ========================================================= 2. REWARD MODEL: maximise L2(θ), (11), over preferences
+    if progress["stage"] == 2:
+        encode = reward.encode  # of the model itself: margins is also given a distributed one
+
+        def margins(reward, rows) -> tuple[Tensor, Tensor]:
+            """R of the chosen and of the rejected responses, (rows,) each."""
+            ids, mask = encode([pairs[i][0] + pairs[i][side] for side in (1, 2) for i in rows])
+            return at_last(reward(ids, mask), mask).chunk(2)
+
+        def reward_loss(reward, batch) -> Tensor:
+            total = torch.zeros((), device=device)
+            for part in in_parts(mine(batch), args.micro_batch_size):
+                chosen, rejected = margins(reward, part)
+                loss = -F.logsigmoid(chosen - rejected).sum() / len(batch)
+                (loss * count).backward()
+                total += loss.detach()
+            return all_rows(total[None]).sum()
+
+        @torch.no_grad()
+        def reward_held_out() -> tuple[float, dict]:
+            scores = [margins(reward, part) for part in in_parts(splits[1][1], args.micro_batch_size)]
+            chosen, rejected = (torch.cat(side) for side in zip(*scores))
+            margin = chosen - rejected
+            row = {"chosen": chosen, "rejected": rejected, "margins": margin, "accuracies": (margin > 0).float()}
+            row = {f"rewards/{name}": x.mean().item() for name, x in row.items()}
+            return -F.logsigmoid(margin).mean().item(), row
+
+        sizes = args.reward_batch_size, args.reward_epochs, args.reward_learning_rate
+        fit("2. reward model", reward, splits[1][0], *sizes, reward_loss, reward_held_out)
+        save_model(reward.model, reward.tokenizer, "reward")
+        next_stage(3)
+
+    # ============================================================ 3. RL: maximise (4), E[R] - β KL(π ‖ π_SFT), by PPO
+    if demos:  # the reward is free up to a constant: let demonstrations be worth 0
+        reward.offset.copy_(reward.score([p + y for p, y in demos], args.micro_batch_size).mean())
+    if reward.is_decoder and reward.tokenizer.get_vocab() == tokenizer.get_vocab():
+        value = copy.deepcopy(reward)
+    else:  # it cannot read the policy's tokens
+        value, _ = load_scorer(sft_path, flag, False, device)
+        value.model.score.weight.data.zero_()
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    reward.requires_grad_(False)
+    optimizers = [torch.optim.Adam(module.parameters()) for module in (policy, value)]
+    learning_rates = args.learning_rate, args.value_learning_rate
+    current = {"policy": policy, "value": value, "optimizer": optimizers[0], "value_optimizer": optimizers[1]}
+    resumed = load(**current)
+    policy_forward, value_forward = distributed(policy), distributed(value)
+
+    def respond(policy: Policy, prompts: list[list[int]], uniform: np.ndarray):
+        """Prompts with sampled responses, ids and mask (rows, P + N); the responses' mask (rows, N) and texts."""
+        ids, mask = (x.to(device) for x in pad_rows(prompts, pad_id, left=True))
+        uniform = torch.from_numpy(uniform).to(device)
+        responses = policy.sample(ids, mask, uniform, args.temperature, eos_id, pad_id)
+        ended = response_mask(responses, eos_id)
+        rows = [row[:n].tolist() for row, n in zip(responses, ended.sum(-1).tolist())]
+        decode = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        texts = [tokenizer.decode(row, **decode) for row in rows]
+        return torch.cat([ids, responses], 1), torch.cat([mask, ended], 1), ended, texts
+
+    @torch.no_grad()
+    def by_parts(function, *tensors: Tensor) -> Tensor:
+        return torch.cat([function(*part) for part in zip(*(x.split(args.micro_batch_size) for x in tensors))])
+
+    def log_probs_of(policy: Policy, ids: Tensor, mask: Tensor, ended: Tensor) -> Tensor:
+        length = ended.shape[1]
+        return by_parts(lambda ids, mask: policy(ids, mask, length, args.temperature), ids, mask) * ended
+
+    eval_uniform = np.random.default_rng(10_000).random((args.eval_prompts, args.response_length))
+
+    def evaluate_policy(policy: Policy) -> tuple[dict[str, Tensor], list[str]]:
+        """For each held-out prompt: ground-truth and learned score, KL to the reference, tokens, (prompts,) each; the
+        texts of this process's prompts. The only reader of the ground truth."""
+        prompts, uniform = mine(eval_prompts), mine(eval_uniform)
+        ids, mask, ended, texts = respond(policy, mine(eval_ids), uniform)
+        log_ratio = log_probs_of(policy, ids, mask, ended) - log_probs_of(reference, ids, mask, ended)
+        whole = [prompt + text for prompt, text in zip(prompts, texts)]
+        scores = {"kl": log_ratio.sum(-1), "response_length": ended.sum(-1).float()}
+        scores["learned_score"] = reward.score(whole, args.micro_batch_size)
+        if judge:
+            scores["gt_score"] = judge.score(whole, args.micro_batch_size)
+        return {name: all_rows(x) for name, x in scores.items()}, texts
+
+    sft_scores, sft_texts = evaluate_policy(reference)
+
+    def evaluation(scores: dict[str, Tensor], texts: list[str]) -> dict[str, float]:
+        row = {f"eval/{name}": x.mean().item() for name, x in scores.items()}
+        if judge:
+            truth, sft_truth = scores["gt_score"], sft_scores["gt_score"]
+            row["eval/gt_score_std"] = truth.std().item()
+            row["eval/win_rate"] = ((truth > sft_truth).float() + 0.5 * (truth == sft_truth)).mean().item()
+            row["eval/reward_correlation"] = rank_correlation(scores["learned_score"], truth)
+        if rank == 0:
+            lines = [f"after {progress['step']} PPO steps: " + summary(row)]
+            for i in range(min(args.samples, len(texts))):  # process 0 holds every count-th prompt
+                both = ((sft_scores, sft_texts, "SFT"), (scores, texts, "now"))
+                lines.append(f"  prompt      | {' '.join(mine(eval_prompts)[i].split())[-100:]}")
+                for numbers, words, who in both:
+                    score = f"{numbers['gt_score' if judge else 'learned_score'][i * count].item():6.2f}"
+                    lines.append(f"  {who}  {score} | {' '.join(words[i].split())[:100]}")
+            tqdm.write("\n".join(lines))
+        return row
+
+    def summary(row: dict) -> str:
+        truth = f"ground truth {row['eval/gt_score']:.2f} (SFT {sft_scores['gt_score'].mean():.2f}), " if judge else ""
+        wins = f", win rate over SFT {row['eval/win_rate']:.0%}" if judge else ""
+        return f"{truth}learned score {row['eval/learned_score']:.2f}, KL {row['eval/kl']:.2f}{wins}"
+
+    if args.evaluate:
+        print(summary(evaluation(*evaluate_policy(policy))))
+        return
+    if not resumed:
+        log(evaluation(sft_scores, sft_texts))
+        save_checkpoint(**current)
+    last = None
+    bar = tqdm(
+        total=args.ppo_steps, initial=progress["step"], desc="3. PPO", unit="step", mininterval=1.0, disable=rank > 0
+    )
+    for step in range(progress["step"], args.ppo_steps):
+        started = time.perf_counter()
+
+        # -------------------------------------------------------------------------------------------- sample and score
+        rows = mine(draw(len(train_ids), args.batch_size, step, (args.seed, 3)))
+        uniform = mine(np.random.default_rng([args.seed, 4, step]).random((args.batch_size, args.response_length)))
+        ids, mask, ended, texts = respond(policy, [train_ids[i] for i in rows], uniform)
+        length = ended.shape[1]
+        old_log_probs, reference_log_probs = (log_probs_of(p, ids, mask, ended) for p in (policy, reference))
+        old_values = by_parts(value, ids, mask)[:, -length - 1 : -1] * ended
+        scores = reward.score([train_prompts[i] + text for i, text in zip(rows, texts)], args.micro_batch_size)
+        has_eos = ((ids[:, -length:] == eos_id) * ended).any(-1).float()
+        log_ratio, penalised = old_log_probs - reference_log_probs, scores - args.missing_eos_penalty * (1 - has_eos)
+        rewards = token_rewards(log_ratio, penalised, ended, progress["kl_coefficient"])
+        advantages, returns = generalised_advantages(rewards, old_values, ended, args.gamma, args.gae_lambda)
+        advantages = whiten(advantages, ended)
+
+        # ------------------------------------------------------------------------------------------------------ update
+        for optimizer, learning_rate in zip(optimizers, learning_rates):
+            optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / args.ppo_steps if args.anneal else 1)
+        statistics = []  # of each minibatch: policy loss, value loss, approximate KL, clipped share, mean ratio
+        minibatches = torch.arange(len(ids), device=device).split(args.minibatch_size // count)
+        for minibatch in minibatches * args.ppo_epochs:  # their rows are random already
+            tokens = all_rows(ended[minibatch].sum()[None]).sum()
+            sums = torch.zeros(5, device=device)
+            for part in minibatch.split(args.micro_batch_size):
+                weight = ended[part] / tokens
+                log_probs = policy_forward(ids[part], mask[part], length, args.temperature) * ended[part]
+                losses, ratio = policy_losses(log_probs, old_log_probs[part], advantages[part], args.clip)
+                (losses * weight * count).sum().backward()  # because gradients are averaged over processes
+                values = value_forward(ids[part], mask[part])[:, -length - 1 : -1] * ended[part]
+                errors = value_losses(values, old_values[part], returns[part], args.value_clip)
+                (errors * weight * count).sum().backward()
+                with torch.no_grad():
+                    change, clipped = log_probs - old_log_probs[part], ((ratio - 1).abs() > args.clip).float()
+                    sums += torch.stack([(x * weight).sum() for x in (losses, errors, change**2 / 2, clipped, ratio)])
+            statistics.append(all_rows(sums[None]).sum(0))
+            norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), args.max_grad_norm) for m in (policy, value)]
+            stop_if_not_finite(step, run_dir, losses=statistics[-1], gradients=torch.stack(norms))
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+        # ======================================================================================================== LOG
+        progress["step"] = step + 1
+        progress["episodes"] += args.batch_size
+        names = ("losses/policy", "losses/value", "losses/approx_kl", "losses/clip_fraction")
+        row = dict(zip(names, torch.stack(statistics).mean(0).tolist()))
+        row["losses/ratio"] = statistics[0][4].item()  # of the first minibatch: 1, or something is wrong
+        columns = [log_ratio.sum(-1), scores, -old_log_probs.sum(-1), rewards.sum(-1), ended.sum(-1).float(), has_eos]
+        names = "objective/kl objective/scores objective/entropy objective/rlhf_reward charts/response_length".split()
+        row |= dict(zip([*names, "charts/ended_share"], all_rows(torch.stack(columns, 1)).mean(0).tolist()))
+        row["objective/kl_coefficient"] = progress["kl_coefficient"]
+        row["charts/episodes_per_second"] = args.batch_size / (time.perf_counter() - started)
+        if args.adaptive_kl:
+            settings = row["objective/kl"], args.target_kl, args.batch_size, args.kl_horizon
+            progress["kl_coefficient"] = adapt_kl_coefficient(progress["kl_coefficient"], *settings)
+
+        # =================================================================================================== EVALUATE
+        leave, finished = is_interrupted(), step + 1 >= args.ppo_steps
+        if (step + 1) % args.eval_every == 0 or finished:
+            row |= (last := evaluation(*evaluate_policy(policy)))
+        progress["wall_seconds"] += time.perf_counter() - started
+        log(row)
+        bar.update()
+        bar.set_postfix_str(f"score {row['objective/scores']:.2f}, KL {row['objective/kl']:.2f}")
+
+        # ================================================================================================= CHECKPOINT
+        if args.save_every and (step + 1) % args.save_every == 0:
+            save_model(policy.lm, tokenizer, f"policy_{step + 1}")
+        if finished:
+            save_model(policy.lm, tokenizer, "policy")
+        if (step + 1) % args.checkpoint_every == 0 or finished or leave:
+            save_checkpoint(**current)
+        if leave and not finished:
+            bar.close()
+            stop()
+    bar.close()
+    last = last or evaluation(*evaluate_policy(policy))
+    if rank == 0:
+        print(f"final: {summary(last)}; policy in {run_dir / 'policy'}")
+
+
+Command = Union[  # noqa: UP007
+    Annotated[MujocoArgs, tyro.conf.subcommand("mujoco", description="MuJoCo robots: cloning, reward model, SAC")],
+    Annotated[LlmArgs, tyro.conf.subcommand("llm", description="language models: SFT, reward model, PPO")],
+]
+
+
 if __name__ == "__main__":
     args = tyro.cli(Command, description=__doc__.split("\n\n")[0])
-    args = complete(args)
-    check_args(args)
-    mujoco(args)
+    if isinstance(args, LlmArgs):
+        args = complete_llm(args)
+        check_llm_args(args)
+        llm(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    else:
+        args = complete(args)
+        check_args(args)
+        mujoco(args)

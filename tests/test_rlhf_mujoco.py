@@ -570,7 +570,7 @@ def test_a_run_keeps_its_arguments(tmp_path, plain, flags):
     assert_refused(execute(tmp_path, ["mujoco", "--resume", plain, *flags]), flags[0])
 
 
-@pytest.mark.parametrize("argv", [[], ["--seed", "1"], ["llm"], ["mujoco", "--no-such-flag"]], ids=str)
+@pytest.mark.parametrize("argv", [[], ["--seed", "1"], ["robots"], ["mujoco", "--no-such-flag"]], ids=str)
 def test_the_subcommand_is_mandatory(tmp_path, argv):
     assert execute(tmp_path, argv)[0] == 2
     assert not list(tmp_path.iterdir())
