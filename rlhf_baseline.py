@@ -25,7 +25,7 @@ What is done to make it strong (benchmark/tuning/rlhf.md has what else was tried
   on meanwhile: begun at 0 after so many updates, its first steps would be several times too long.
 - β begins where it ends in AIHF's runs, and not at 1: that would widen the cloned policy.
 - A KL penalty holds the policy near the clone (--kl-coefficient), as in (4). The paper's robots have SAC's entropy
-  bonus alone (--kl-coefficient 0), which on Hopper-v4 ends at a tenth of the clone's return.
+  bonus alone (--kl-coefficient 0), which on Hopper-v4 ended at a tenth of the clone's return in a trial.
 
     python rlhf_baseline.py llm
 

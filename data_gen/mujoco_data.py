@@ -11,8 +11,7 @@ return, lets each act (stochastic policy, whole episodes) and writes, into data_
 
 An episode file holds flat arrays over E episodes of N steps in all: observations (N + E, obs_dim), T + 1 an episode;
 actions (N, act_dim); rewards (N,); terminations (N,) and truncations (N,), one of which is set on the last step of
-each episode and nowhere else. It can be
-interrupted: the same command carries on from the last checkpoint.
+each episode and nowhere else. It can be interrupted: the same command carries on from the last checkpoint.
 """
 
 import hashlib
@@ -68,7 +67,7 @@ class Args:
     """probability that a pair's label is flipped"""
 
     total_timesteps: int = 0
-    """SAC steps of the expert; 0 takes 400k for Hopper and 1M for anything else"""
+    """SAC steps of the expert; 0 takes 400k for Hopper, 1.2M for HalfCheetah, 2M for Walker2d, 1M for anything else"""
     checkpoint_every: int = 10_000
     """steps between checkpoints, each of which is a candidate for a tier"""
     learning_starts: int = 5_000
