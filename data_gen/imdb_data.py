@@ -57,6 +57,9 @@ class Training:
     """steps between checkpoints"""
     threads: int = 2
     """CPU threads of torch"""
+    bf16: bool = False
+    """bfloat16 matrix products on a CPU too (on CUDA always): 1.6 times as fast where the CPU has them (avx512_bf16,
+    amx_bf16), slower where it has not"""
 
 
 @dataclass
@@ -85,6 +88,8 @@ class Pretrain(Training):
     """test reviews whose first `context` tokens the perplexity is measured on"""
     samples: int = 10
     """reviews written for the manifest"""
+    compile: bool = False
+    """torch.compile the model: a quarter faster, needs a C++ compiler"""
 
 
 @dataclass
@@ -230,7 +235,7 @@ def train(model, batch_loss, args: Training, state_path: Path, data_hash: str) -
         if not own:
             fail(f"{state_path} belongs to a run with other arguments or data; give another --work-dir or delete it")
     model.train()
-    on_cuda = model.device.type == "cuda"
+    bf16 = args.bf16 or model.device.type == "cuda"
     warmup = max(1, args.steps // 20)
     bar = tqdm(range(begin, args.steps), initial=begin, total=args.steps, desc="2/3 training", mininterval=1.0)
     average = None
@@ -239,7 +244,7 @@ def train(model, batch_loss, args: Training, state_path: Path, data_hash: str) -
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * min((step + 1) / warmup, cosine)
         torch.manual_seed(int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0]))  # of dropout
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=on_cuda):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             loss = batch_loss(np.random.default_rng([args.seed, step]))
         optimizer.zero_grad()
         loss.backward()
@@ -340,10 +345,11 @@ def pretrain(args: Pretrain, device: torch.device, output_dir: Path, state_path:
         pad_token_id=pad_id,
     )
     model = GPT2LMHeadModel(config).to(device)
+    forward = torch.compile(model) if args.compile else model
 
     def batch_loss(rng) -> Tensor:
         ids = draw_windows(stream, starts, args.batch_size, args.context, args.opening_share, rng).to(device)
-        return model(input_ids=ids, labels=ids, use_cache=False).loss
+        return forward(input_ids=ids, labels=ids, use_cache=False).loss
 
     train(model, batch_loss, args, state_path, hashlib.sha256(stream).hexdigest())
 
