@@ -1013,6 +1013,10 @@ class LlmArgs:
     """rows {prompt, completion}: .jsonl, .jsonl.gz or a hub id"""
     preferences: str = f"{ASSETS}/preferences.jsonl"
     """rows {prompt, chosen, rejected}"""
+    num_demonstrations: int = 1000
+    """rows of the demonstrations that are used, the first ones; 0 for all"""
+    num_preferences: int = 1000
+    """rows of the preferences, likewise"""
     prompts: str = f"{ASSETS}/prompts.jsonl"
     """rows {prompt}; the last --eval-prompts are for evaluation"""
     seed: int = 1
@@ -1117,6 +1121,8 @@ PRESETS = {  # Table 2 and Section 6; what it leaves open is chosen as in the li
     "imdb": {
         "model_name_or_path": "gpt2",
         "ground_truth_path": "lvwerra/distilbert-imdb",
+        "num_demonstrations": 0,
+        "num_preferences": 0,
         "sft_learning_rate": 1e-5,
         "reward_learning_rate": 1e-5,
         "reward_batch_size": 128,
@@ -1132,6 +1138,8 @@ PRESETS = {  # Table 2 and Section 6; what it leaves open is chosen as in the li
         "reward_model_path": "EleutherAI/pythia-1.4b",
         "ground_truth_path": "",  # beaver-7b-v3.0-reward is no architecture of transformers' own
         **{name: f"runs/hh_data/{name}.jsonl" for name in ("demonstrations", "preferences", "prompts")},
+        "num_demonstrations": 0,
+        "num_preferences": 0,
         "max_prompt_length": 512,
         "response_length": 128,
         "append_eos": True,
@@ -1155,7 +1163,9 @@ LLM_MAY_CHANGE = (
     "resume evaluate ppo_steps eval_every samples checkpoint_every save_every micro_batch_size cuda threads "
     "track wandb_project_name wandb_entity"
 ).split()
-LLM_MAY_BE_ZERO = ("seed", "kl_coefficient", "missing_eos_penalty", "save_every", "samples")
+LLM_MAY_BE_ZERO = (
+    "seed num_demonstrations num_preferences kl_coefficient missing_eos_penalty save_every samples".split()
+)
 LLM_METRICS = (
     "charts/stage charts/step charts/episodes charts/episodes_per_second charts/wall_seconds "
     "sft/loss sft/held_out_loss "
@@ -1163,7 +1173,7 @@ LLM_METRICS = (
     "objective/kl objective/scores objective/entropy objective/rlhf_reward objective/kl_coefficient "
     "losses/policy losses/value losses/approx_kl losses/clip_fraction losses/ratio "
     "charts/response_length charts/ended_share "
-    "eval/gt_score eval/gt_score_std eval/kl eval/win_rate eval/learned_score eval/reward_correlation "
+    "eval/gt_score eval/gt_score_std eval/kl eval/kl_base eval/win_rate eval/learned_score eval/reward_correlation "
     "eval/response_length"
 ).split()
 
@@ -1191,6 +1201,14 @@ def all_rows(x: Tensor) -> Tensor:
     return torch.stack(parts, 1).flatten(0, 1)
 
 
+def all_texts(texts: list[str]) -> list[str]:
+    """The same for texts."""
+    parts = [texts] * processes()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(parts, texts)
+    return [text for rows in zip(*parts) for text in rows]
+
+
 def distributed(module: torch.nn.Module) -> torch.nn.Module:
     """The module, to be called where gradients are wanted: DistributedDataParallel averages these over processes."""
     return torch.nn.parallel.DistributedDataParallel(module) if processes()[1] > 1 else module
@@ -1213,8 +1231,8 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def read_texts(name: str, flag: str, columns: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """The columns of a .jsonl(.gz) file, or of a hub data set's split train."""
+def read_texts(name: str, flag: str, columns: tuple[str, ...], count: int = 0) -> list[tuple[str, ...]]:
+    """The columns of a .jsonl(.gz) file, or of a hub data set's split train: of its first `count` rows, or of all."""
     check_path(name, flag)
     try:
         if is_local(name):
@@ -1228,6 +1246,9 @@ def read_texts(name: str, flag: str, columns: tuple[str, ...]) -> list[tuple[str
         fail(f"there is no file {name}; to read it from the hub, pip install -e '.[hub]'")
     except Exception as error:  # no JSON, no UTF-8, half a .gz; or of the network, the hub, the cache ...
         fail(f"cannot read --{flag} {name} ({one_line(error)})")
+    if len(rows) < count:
+        fail(f"--{flag} {name} has {len(rows)} rows, --num-{flag} asks for {count}; 0 takes all")
+    rows = rows[: count or None]
     for number, row in enumerate(rows, 1):
         if not (isinstance(row, dict) and all(isinstance(row.get(key), str) and row[key] for key in columns)):
             fail(f"row {number} of {name} needs text under {', '.join(columns)}")
@@ -1546,9 +1567,10 @@ def llm(args: LlmArgs) -> None:
 
     demos = pairs = []
     if not args.sft_model_path or not given:
-        demos = read_texts(args.demonstrations, "demonstrations", ("prompt", "completion"))
+        columns = ("prompt", "completion")
+        demos = read_texts(args.demonstrations, "demonstrations", columns, args.num_demonstrations)
     if not given:
-        pairs = read_texts(args.preferences, "preferences", ("prompt", "chosen", "rejected"))
+        pairs = read_texts(args.preferences, "preferences", ("prompt", "chosen", "rejected"), args.num_preferences)
     prompts = [prompt for (prompt,) in read_texts(args.prompts, "prompts", ("prompt",))]
     if len(prompts) <= args.eval_prompts:
         fail(f"--prompts {args.prompts} has {len(prompts)} rows: too few for --eval-prompts {args.eval_prompts}")
@@ -1765,6 +1787,10 @@ def llm(args: LlmArgs) -> None:
         value, _ = load_scorer(sft_path, flag, False, device)
         value.model.score.weight.data.zero_()
     reference = copy.deepcopy(policy).requires_grad_(False)
+    base = None
+    if load_tokenizer(args.model_name_or_path, "model-name-or-path")[0].get_vocab() == tokenizer.get_vocab():
+        base = Policy(load_pretrained("AutoModelForCausalLM", args.model_name_or_path, "model-name-or-path").float())
+        base = base.to(device).eval().requires_grad_(False)
     reward.requires_grad_(False)
     optimizers = [torch.optim.Adam(module.parameters()) for module in (policy, value)]
     learning_rates = args.learning_rate, args.value_learning_rate
@@ -1794,17 +1820,20 @@ def llm(args: LlmArgs) -> None:
     eval_uniform = np.random.default_rng(10_000).random((args.eval_prompts, args.response_length))
 
     def evaluate_policy(policy: Policy) -> tuple[dict[str, Tensor], list[str]]:
-        """For each held-out prompt: ground-truth and learned score, KL to the reference, tokens, (prompts,) each; the
-        texts of this process's prompts. The only reader of the ground truth."""
+        """For each held-out prompt: ground-truth and learned score, log-ratio to the reference (in the mean, KL), the
+        same to the base model, tokens, (prompts,) each; the responses. The only reader of the ground truth."""
         prompts, uniform = mine(eval_prompts), mine(eval_uniform)
         ids, mask, ended, texts = respond(policy, mine(eval_ids), uniform)
-        log_ratio = log_probs_of(policy, ids, mask, ended) - log_probs_of(reference, ids, mask, ended)
+        log_probs = log_probs_of(policy, ids, mask, ended)
         whole = [prompt + text for prompt, text in zip(prompts, texts)]
-        scores = {"kl": log_ratio.sum(-1), "response_length": ended.sum(-1).float()}
+        scores = {"kl": (log_probs - log_probs_of(reference, ids, mask, ended)).sum(-1)}
+        if base:
+            scores["kl_base"] = (log_probs - log_probs_of(base, ids, mask, ended)).sum(-1)
+        scores["response_length"] = ended.sum(-1).float()
         scores["learned_score"] = reward.score(whole, args.micro_batch_size)
         if judge:
             scores["gt_score"] = judge.score(whole, args.micro_batch_size)
-        return {name: all_rows(x) for name, x in scores.items()}, texts
+        return {name: all_rows(x) for name, x in scores.items()}, all_texts(texts)
 
     sft_scores, sft_texts = evaluate_policy(reference)
 
@@ -1817,14 +1846,19 @@ def llm(args: LlmArgs) -> None:
             row["eval/reward_correlation"] = rank_correlation(scores["learned_score"], truth)
         if rank == 0:
             lines = [f"after {progress['step']} PPO steps: " + summary(row)]
-            for i in range(min(args.samples, len(texts))):  # process 0 holds every count-th prompt
+            for i in range(min(args.samples, len(texts))):
                 both = ((sft_scores, sft_texts, "SFT"), (scores, texts, "now"))
-                lines.append(f"  prompt      | {' '.join(mine(eval_prompts)[i].split())[-100:]}")
+                lines.append(f"  prompt      | {' '.join(eval_prompts[i].split())[-100:]}")
                 for numbers, words, who in both:
-                    score = f"{numbers['gt_score' if judge else 'learned_score'][i * count].item():6.2f}"
+                    score = f"{numbers['gt_score' if judge else 'learned_score'][i].item():6.2f}"
                     lines.append(f"  {who}  {score} | {' '.join(words[i].split())[:100]}")
             tqdm.write("\n".join(lines))
+            write_atomically(run_dir / "samples.jsonl", lambda path: path.write_text(jsonl(scores, texts)))
         return row
+
+    def jsonl(scores: dict[str, Tensor], texts: list[str]) -> str:
+        columns = {"prompt": eval_prompts, "response": texts, **{name: x.tolist() for name, x in scores.items()}}
+        return "".join(json.dumps(dict(zip(columns, row))) + "\n" for row in zip(*columns.values()))
 
     def summary(row: dict) -> str:
         truth = f"ground truth {row['eval/gt_score']:.2f} (SFT {sft_scores['gt_score'].mean():.2f}), " if judge else ""

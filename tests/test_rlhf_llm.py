@@ -30,6 +30,8 @@ SCRIPT = ROOT / "rlhf_baseline.py"
 PAD, EOS = 0, 1
 WORDS = "film plot actor scene story camera music end role joke great awful".split()
 FLAGS = {
+    "--num-demonstrations": 0,
+    "--num-preferences": 0,
     "--sft-batch-size": 8,
     "--sft-epochs": 1,
     "--sft-learning-rate": 0.003,
@@ -383,7 +385,7 @@ def test_padding_is_never_the_end_token(monkeypatch, pad, eos, expected):
 
 
 # -------------------------------------------------------------------------------------------------------- whole runs
-def test_stages(plain):
+def test_stages(world, plain):
     """Rows, files, the first minibatch's ratio and that learning happens."""
     table = rows(plain)
     stages = [(row["charts/stage"], row["charts/step"]) for row in table]
@@ -401,9 +403,15 @@ def test_stages(plain):
         assert float(row["losses/approx_kl"]) > 0
     assert float(ppo[1]["objective/kl"]) == pytest.approx(0, abs=1e-5) and float(ppo[4]["objective/kl"]) != 0
     assert [bool(row["eval/gt_score"]) for row in ppo] == [True, False, True, False, True]
-    names = {"args.json", "metrics.csv", "checkpoint.pt", "sft", "reward", "policy"}
+    names = {"args.json", "metrics.csv", "checkpoint.pt", "sft", "reward", "policy", "samples.jsonl"}
     assert {path.name for path in plain.iterdir()} == names
     assert json.loads((plain / "args.json").read_text())["script"] == "rlhf_baseline"
+    samples = [json.loads(line) for line in (plain / "samples.jsonl").read_text().splitlines()]
+    prompts = [json.loads(line)["prompt"] for line in (world / "prompts.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in samples] == prompts[-8:] and {type(row["response"]) for row in samples} == {str}
+    for name in ("gt_score", "learned_score", "kl", "kl_base"):
+        mean = np.mean([row[name] for row in samples])
+        assert mean == pytest.approx(float(ppo[-1][f"eval/{name}"]), rel=1e-4, abs=1e-5)
     lm = transformers.AutoModelForCausalLM.from_pretrained(plain / "policy")
     state = torch.load(plain / "checkpoint.pt", weights_only=True)
     assert torch.equal(state["parts"]["policy"]["lm.transformer.wte.weight"], lm.transformer.wte.weight)
@@ -415,15 +423,21 @@ def test_stages(plain):
 def test_a_given_reward_model_and_policy_leave_stages_1_and_2_out(tmp_path, world):
     """As imdb_data.py uses it: PPO on a classifier from a language model, without demonstrations or preferences. The
     ground truth goes up where it is the reward itself."""
-    given = {"sft_model_path": world / "model", "reward_model_path": world / "classifier"}
+    assets = ROOT / rlhf.ASSETS
+    given = {"sft_model_path": assets / "model", "reward_model_path": assets / "classifier"}
+    given |= {"ground_truth_path": assets / "classifier", "model_name_or_path": assets / "model"}
     nothing = {"demonstrations": "none.jsonl", "preferences": "none.jsonl"}
-    changes = {"ppo_steps": 20, "save_every": 10, "learning_rate": 0.02, "value_learning_rate": 0.01, "eval_every": 10}
-    changes |= {"kl_coefficient": 0.0, "batch_size": 32, "eval_prompts": 16, "checkpoint_every": 100, "temperature": 1}
+    things, ends = "film movie story cast plot music show acting".split(), "is was has seems with of that looks".split()
+    openings = [{"prompt": f"The {thing} {end}"} for thing in things for end in ends] * 2
+    write_lines(tmp_path / "prompts.jsonl", openings)
+    changes = {"ppo_steps": 6, "save_every": 3, "learning_rate": 3e-4, "value_learning_rate": 3e-4, "eval_every": 3}
+    changes |= {"batch_size": 64, "minibatch_size": 32, "micro_batch_size": 64, "temperature": 1}
+    changes |= {"response_length": 16, "eval_prompts": 64, "prompts": tmp_path / "prompts.jsonl"}
     folder = run(tmp_path, world, **given, **nothing, **changes, missing_eos_penalty=0)
     table = rows(folder)
-    assert [row["charts/stage"] for row in table] == ["3"] * 21
-    assert {p.name for p in folder.iterdir() if p.is_dir()} == {"policy", "policy_10", "policy_20"}
-    assert files(folder / "policy") == files(folder / "policy_20")
+    assert [row["charts/stage"] for row in table] == ["3"] * 7
+    assert {p.name for p in folder.iterdir() if p.is_dir()} == {"policy", "policy_3", "policy_6"}
+    assert files(folder / "policy") == files(folder / "policy_6")
     truth = [float(row["eval/gt_score"]) for row in table if row["eval/gt_score"]]
     assert truth[-1] > truth[0] + 0.3 and float(table[-1]["eval/win_rate"]) > 0.5
     for row in table:
