@@ -1,13 +1,15 @@
-"""The embedded language models: a small GPT-2 that writes movie reviews and the classifier that judges them (A.2.2).
+"""The embedded language models and data: a small GPT-2 that writes movie reviews, the classifier that judges them, and
+what policies between the two write (A.2.2).
 
     python data_gen/imdb_data.py pretrain      # 1. tokenizer and language model -> data_gen/assets/imdb/model
     python data_gen/imdb_data.py classifier    # 2. ground-truth reward          -> data_gen/assets/imdb/classifier
+    python data_gen/imdb_data.py tiers         # 3. demonstrations, preferences, prompts -> data_gen/assets/imdb
 
-read the IMDb reviews from the hub (`pip install -e '.[hub]'`) or, with --data, from a local folder. Each output folder
-is in save_pretrained layout, its own manifest.json beside the weights (what made them, how good they are, SHA-256 of
-each file), and can be interrupted: the same command carries on from the last checkpoint, exactly on a CPU.
+The first two read the IMDb reviews from the hub (`pip install -e '.[hub]'`) or, with --data, from a local folder; the
+third needs nothing but their models. Each output folder has its own manifest.json (what made the files, how good they
+are, SHA-256 of each), and each command can be interrupted: the same command carries on, exactly on a CPU.
 
-No review is stored: the weights, the vocabulary and samples of the model are. Weights lie on disk as float16, half the
+No review is stored: the weights, the vocabulary and texts of the model are. Weights lie on disk as float16, half the
 size, but config.json says float32: from_pretrained and the Auto classes then give float32 models.
 
 The paper takes GPT-2 and lvwerra/distilbert-imdb; these two stand in for them where nothing can be downloaded.
@@ -21,6 +23,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 import zlib
@@ -36,7 +39,13 @@ import tyro
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 SEPARATOR, PAD = "<|endoftext|>", "<|pad|>"  # the separator begins and ends every review, as in GPT-2
 SPLITS = ("train", "unsupervised", "test")
@@ -110,6 +119,39 @@ class Classifier(Training):
     """AdamW's peak"""
     heldout_reviews: int = 5_000
     """test reviews the accuracy is measured on"""
+
+
+@dataclass
+class Tiers:
+    """PPO on the ground truth; of each prompt, the responses of PPO's checkpoints, sorted by score into three tiers."""
+
+    model: str = "data_gen/assets/imdb/model"
+    """the pretrained model, a folder or hub id: it writes the prompts, and PPO starts from it"""
+    classifier: str = "data_gen/assets/imdb/classifier"
+    """the ground truth, PPO's reward here"""
+    output_dir: str = "data_gen/assets/imdb"
+    """where demonstrations.jsonl, preferences.jsonl, prompts.jsonl and manifest.json go"""
+    work_dir: str = ""
+    """unfinished work, kept so that the command can carry on; default runs/imdb_data__tiers__<seed>"""
+    seed: int = 1
+    """seeds the prompts, PPO and the responses"""
+    threads: int = 2
+    """CPU threads of torch"""
+    prompts: int = 10_000
+    """openings of reviews, all different; the first 30 % for PPO on the ground truth, 40 % for the tiers, 30 % to
+    prompt the policies that learn from the tiers"""
+    prompt_tokens: tuple[int, int] = (4, 12)
+    """shortest and longest prompt"""
+    response_length: int = 24
+    """tokens of a response at most"""
+    ppo_steps: int = 10  # the paper: 500
+    """PPO steps between the three checkpoints"""
+    batch_size: int = 64
+    """responses in a PPO step"""
+    learning_rate: float = 2e-5
+    """PPO's"""
+    kl_coefficient: float = 0.1
+    """PPO's β"""
 
 
 # -------------------------------------------------------------------------------------------------------------- data
@@ -440,8 +482,166 @@ def classifier(args: Classifier, device: torch.device, output_dir: Path, state_p
     print(", ".join(f"{name} {row['accuracy']:.1%}" for name, row in accuracy.items()) + f" right; wrote {output_dir}")
 
 
-def check_args(args: Pretrain | Classifier) -> None:
-    for name in "steps batch_size learning_rate checkpoint_every threads heldout_reviews samples layers heads".split():
+# ----------------------------------------------------------------------------------------------------------- 3. tiers
+TABLE_3 = {"low": 0.27, "medium": 1.13, "high": 2.23}  # mean scores of the paper's tiers, beside ours in the manifest
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.with_suffix(".tmp").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load(args: Tiers, kind, flag: str, device: torch.device):
+    name = getattr(args, flag)
+    try:
+        return kind.from_pretrained(name).float().to(device).eval(), AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        fail(f"cannot load --{flag} {name} ({one_line(error)}); the subcommands pretrain and classifier make both")
+
+
+@torch.no_grad()
+def continuations(model, fast, prompts: list[str], length: int, seed: list[int]) -> list[str]:
+    """What the model writes after each prompt, or from the start of a review, up to `length` tokens."""
+    torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    batch = fast(prompts, return_tensors="pt", padding=True) if any(prompts) else {}
+    ids = batch.get("input_ids", torch.full((len(prompts), 1), fast.bos_token_id)).to(model.device)
+    mask = batch.get("attention_mask", torch.ones(ids.shape, dtype=torch.int64)).to(model.device)
+    written = model.generate(ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=length)
+    return fast.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+
+
+def write_prompts(model, fast, args: Tiers) -> list[str]:
+    """Openings of reviews, as the model writes them: all different, each a text that encodes to as many tokens."""
+    prompts: dict[str, None] = {}
+    rng = np.random.default_rng(args.seed)
+    bar = tqdm(total=args.prompts, desc="1/4 prompts", unit="prompt")
+    for batch in range(10 + args.prompts // 20):
+        if len(prompts) >= args.prompts:
+            break
+        texts = continuations(model, fast, [""] * 256, args.prompt_tokens[1], [args.seed, 0, batch])
+        for text in texts:
+            ids = fast(text)["input_ids"][: rng.integers(args.prompt_tokens[0], args.prompt_tokens[1] + 1)]
+            prompt = fast.decode(ids)
+            if len(ids) >= args.prompt_tokens[0] and fast(prompt)["input_ids"] == ids:
+                prompts[prompt] = None
+        bar.update(min(len(prompts), args.prompts) - bar.n)
+    bar.close()
+    if len(prompts) < args.prompts:
+        fail(f"{args.model} wrote only {len(prompts)} different openings of --prompt-tokens {args.prompt_tokens}")
+    return list(prompts)[: args.prompts]
+
+
+@torch.no_grad()
+def judge(model, fast, texts: list[str]) -> np.ndarray:
+    """Positive minus negative logit of each text: (texts,)."""
+    out = []
+    for start in range(0, len(texts), 128):
+        batch = fast(texts[start : start + 128], return_tensors="pt", padding=True).to(model.device)
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+        out.append((logits[:, 1] - logits[:, 0]).cpu().numpy())
+    return np.concatenate(out)
+
+
+def tiers(args: Tiers, device: torch.device, output_dir: Path, work_dir: Path) -> None:
+    model, fast = load(args, AutoModelForCausalLM, "model", device)
+    fast.padding_side = "left"
+    recipe = {key: value for key, value in asdict(args).items() if key not in ("output_dir", "work_dir", "threads")}
+    found = work_dir / "recipe.json"
+    if found.exists() and found.read_text() != json.dumps(recipe):
+        fail(f"{work_dir} belongs to a run with other arguments; give another --work-dir or delete it")
+    found.write_text(json.dumps(recipe))
+
+    prompts = write_prompts(model, fast, args)
+    ends = [len(prompts) * 3 // 10, len(prompts) * 7 // 10]
+    for name, rows in (("ppo_prompts", prompts[: ends[0]]), ("prompts", prompts[ends[1] :])):
+        write_lines(work_dir / f"{name}.jsonl", [{"prompt": prompt} for prompt in rows])
+
+    run = work_dir / "ppo"  # 2/4: rlhf_baseline.py without its first two stages, on the ground truth
+    steps = [args.ppo_steps * (i + 1) for i in range(3)]
+    flags = {
+        "model-name-or-path": args.model,
+        "sft-model-path": args.model,
+        "reward-model-path": args.classifier,
+        "ground-truth-path": args.classifier,
+        "prompts": work_dir / "ppo_prompts.jsonl",
+        "seed": args.seed,
+        "response-length": args.response_length,
+        "ppo-steps": steps[-1],
+        "save-every": args.ppo_steps,
+        "checkpoint-every": args.ppo_steps,
+        "eval-every": args.ppo_steps,
+        "eval-prompts": max(1, min(128, ends[0] // 2)),
+        "batch-size": args.batch_size,
+        "minibatch-size": args.batch_size // 2,
+        "ppo-epochs": 2,
+        "learning-rate": args.learning_rate,
+        "kl-coefficient": args.kl_coefficient,
+        "threads": args.threads,
+        "runs-dir": work_dir,
+        "run-name": run.name,
+    }
+    command = [sys.executable, str(Path(__file__).resolve().parents[1] / "rlhf_baseline.py"), "llm"]
+    if not (run / "policy").exists():
+        words = ["--resume", run] if (run / "checkpoint.pt").exists() else [f"--{k}={v}" for k, v in flags.items()]
+        if not (run / "checkpoint.pt").exists():
+            shutil.rmtree(run, ignore_errors=True)
+        done = subprocess.run([*command, *map(str, words), *(["--no-anneal"] if len(words) > 2 else [])])
+        if done.returncode:
+            raise SystemExit(done.returncode)
+
+    responses, scores = [], []
+    truth, its_fast = load(args, AutoModelForSequenceClassification, "classifier", device)
+    its_fast.padding_side = "right"
+    asked = prompts[ends[0] : ends[1]]
+    for step in steps:
+        policy = AutoModelForCausalLM.from_pretrained(run / f"policy_{step}").to(device).eval()
+        parts = tqdm(range(0, len(asked), 100), desc=f"3/4 responses after {step} PPO steps", unit="100 prompts")
+        texts = [
+            text
+            for start in parts
+            for text in continuations(
+                policy, fast, asked[start : start + 100], args.response_length, [args.seed, step, start]
+            )
+        ]
+        responses.append(texts)
+        scores.append(judge(truth, its_fast, [prompt + text for prompt, text in zip(asked, texts)]))
+    order = np.argsort(scores, axis=0)  # 4/4 of each prompt: low, medium, high
+    kept = [i for i in range(len(asked)) if all(texts[i].strip() for texts in responses)]
+    rows = [(asked[i], *(responses[k][i] for k in order[:, i])) for i in kept]
+    files = {
+        "preferences": [{"prompt": p, "chosen": medium, "rejected": low} for p, low, medium, _ in rows],
+        "demonstrations": [{"prompt": p, "completion": high} for p, _, _, high in rows],
+        "prompts": [{"prompt": prompt} for prompt in prompts[ends[1] :]],
+    }
+    for name, lines in files.items():
+        write_lines(output_dir / f"{name}.jsonl", lines)
+    ranked = np.sort(scores, axis=0)[:, kept].astype(float)
+    table = {name: {"mean": x.mean(), "std": x.std(), "paper_mean": TABLE_3[name]} for name, x in zip(TABLE_3, ranked)}
+    modules = (np, tokenizers, torch, transformers)
+    manifest = {
+        "command": shlex.join(["python", *sys.argv]),
+        "seed": args.seed,
+        "arguments": recipe,
+        "rows": {name: len(lines) for name, lines in files.items()},
+        "ground_truth_score": table,
+        "checkpoints": {step: {"mean": float(x.mean()), "std": float(x.std())} for step, x in zip(steps, scores)},
+        "versions": {"python": sys.version.split()[0], **{m.__name__: str(m.__version__) for m in modules}},
+        "created": time.strftime("%Y-%m-%d"),
+        "sha256": {
+            f"{name}.jsonl": hashlib.sha256((output_dir / f"{name}.jsonl").read_bytes()).hexdigest() for name in files
+        },
+    }
+    (output_dir / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    for name, row in table.items():
+        print(f"{name:6} {row['mean']:5.2f} ± {row['std']:.2f} (the paper's mean: {row['paper_mean']})")
+    print(f"{len(kept)} demonstrations and preferences, {len(files['prompts'])} prompts; wrote {output_dir}")
+
+
+def check_args(args: Pretrain | Classifier | Tiers) -> None:
+    for name in (
+        "steps batch_size learning_rate checkpoint_every threads heldout_reviews samples layers heads "
+        "prompts response_length ppo_steps"
+    ).split():
         if not 0 < getattr(args, name, 1) < 10**8:
             fail(f"--{name.replace('_', '-')} must be more than 0 and less than 100 million, not {getattr(args, name)}")
     for name in "opening_share full_share".split():
@@ -452,22 +652,27 @@ def check_args(args: Pretrain | Classifier) -> None:
     if isinstance(args, Pretrain):
         if args.vocab_size < 258 or args.context < 2 or args.width < 1 or args.width % args.heads:
             fail("--vocab-size must be 258 or more, --context 2 or more, --width a multiple of --heads")
-    elif not 0 < args.opening_tokens[0] <= args.opening_tokens[1]:
-        fail("--opening-tokens takes the shortest and the longest opening")
+    for name in "opening_tokens prompt_tokens".split():
+        low, high = getattr(args, name, (1, 1))
+        if not 0 < low <= high:
+            fail(f"--{name.replace('_', '-')} takes the fewest and the most tokens, in this order")
+    if isinstance(args, Tiers) and (args.prompts < 20 or args.batch_size % 2 or not 0 <= args.kl_coefficient < 10**8):
+        fail("--prompts must be 20 or more, --batch-size even, --kl-coefficient not negative")
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Pretrain | Classifier, description=__doc__.split("\n\n")[0])
+    args = tyro.cli(Pretrain | Classifier | Tiers, description=__doc__.split("\n\n")[0])
     check_args(args)
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()  # a new classification head is no news
     transformers.logging.disable_progress_bar()
-    run, folder = (pretrain, "model") if isinstance(args, Pretrain) else (classifier, "classifier")
-    output_dir = Path(args.output_dir or f"data_gen/assets/imdb/{folder}")
-    state_path = Path(args.work_dir or f"runs/imdb_data__{run.__name__}__{args.seed}") / "state.pt"
-    for path in (output_dir, state_path.parent):  # now, not when the training is over
+    run, folder = {Pretrain: (pretrain, "/model"), Classifier: (classifier, "/classifier")}.get(type(args), (tiers, ""))
+    output_dir = Path(args.output_dir or f"data_gen/assets/imdb{folder}")
+    work_dir = Path(args.work_dir or f"runs/imdb_data__{run.__name__}__{args.seed}")
+    for path in (output_dir, work_dir):  # now, not when the training is over
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             fail(f"cannot make the folder {path} ({error.strerror})")
-    run(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"), output_dir, state_path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run(args, device, output_dir, work_dir if run is tiers else work_dir / "state.pt")
