@@ -1025,7 +1025,7 @@ class LlmArgs:
     """share of the demonstrations, and of the preferences, that chooses what stages 1 and 2 keep"""
     max_prompt_length: int = 64
     """tokens; of a longer prompt the policy reads the last ones"""
-    response_length: int = 32
+    response_length: int = 24
     """tokens of a response at most"""
     temperature: float = 1.0
     """of sampling; logits are divided by it in every log-probability of stage 3"""
@@ -1057,9 +1057,9 @@ class LlmArgs:
     # 3. PPO
     ppo_steps: int = 100
     """batches of responses"""
-    batch_size: int = 128
+    batch_size: int = 64
     """responses in each"""
-    minibatch_size: int = 64
+    minibatch_size: int = 32
     """responses in an optimiser step"""
     ppo_epochs: int = 2
     """passes over each batch"""
@@ -1087,7 +1087,7 @@ class LlmArgs:
     """taken from the score of a response without the end token"""
 
     # Running
-    eval_prompts: int = 128
+    eval_prompts: int = 256
     """held-out prompts"""
     eval_every: int = 10
     """PPO steps between evaluations"""
@@ -1306,13 +1306,15 @@ class Policy(torch.nn.Module):
     def __init__(self, lm):
         super().__init__()
         self.lm = lm
-        self.can_keep = "logits_to_keep" in inspect.signature(lm.forward).parameters  # older versions cannot
+        parameters = inspect.signature(lm.forward).parameters
+        self.can_keep = "logits_to_keep" in parameters  # older versions of transformers cannot
+        self.cache = "cache" if "cache" in parameters else "past_key_values"  # as they call it
 
     def logits(self, length: int, **inputs):
         """Logits of the last `length` positions, float32 (rows, length, vocabulary), and the cache."""
         with half_on_cuda(inputs["input_ids"].device):
             out = self.lm(**inputs, **({"logits_to_keep": length} if self.can_keep else {}))
-        return out.logits[:, -length:].float(), out.past_key_values
+        return out.logits[:, -length:].float(), getattr(out, self.cache)
 
     def forward(self, ids: Tensor, mask: Tensor, length: int, temperature: float = 1.0) -> Tensor:
         """log π(y_t | x, y_<t) of the last `length` tokens of ids, float32 (rows, length); ids and mask (rows, tokens)
@@ -1332,9 +1334,8 @@ class Policy(torch.nn.Module):
         tokens, where, cache = [], positions(mask), None
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for u in uniform.unbind(1):
-            logits, cache = self.logits(
-                1, input_ids=ids, attention_mask=mask, position_ids=where, past_key_values=cache, use_cache=True
-            )
+            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": where, self.cache: cache}
+            logits, cache = self.logits(1, **inputs, use_cache=True)
             cumulative = (logits[:, -1] / temperature).softmax(-1).double().cumsum(-1)
             chosen = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)
             ids = torch.where(ended[:, None], pad_id, chosen.clamp(max=logits.shape[-1] - 1))

@@ -53,7 +53,7 @@ FLAGS = {
     "--checkpoint-every": 1,
     "--threads": 1,
 }
-TIMES = ("charts/wall_seconds", "charts/episodes_per_second")
+TIMES = ("charts/wall_seconds", "charts/episodes_per_second", "charts/rows_per_second")
 
 
 def configuration(kind: str, **changes):
