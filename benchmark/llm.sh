@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Figures 6 to 10 on the embedded models; seeds 1 to 3, fixed before the runs.
+# Two single-threaded runs side by side (JOBS=2). Stopped or killed, the same command carries on.
+#     bash benchmark/llm.sh [6|7|9|10]     one figure only (8 is drawn from 6's runs); then: python benchmark/llm.py
+# RLHF comes first: SFT, its first stage, is what DPO starts from and what every win rate is over.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+runs() { # lines: method, demonstrations, preferences, seed
+  local seed size
+  for seed in 1 2 3; do
+    case $1 in
+      6) echo "rlhf 1000 1000 $seed"; echo "aihf-ppo 1000 1000 $seed"
+         echo "dpo 1000 1000 $seed"; echo "aihf-dpo 1000 1000 $seed" ;;
+      7) for size in "1000 2000" "1000 3000" "2000 3000" "3000 3000"; do
+           echo "rlhf $size $seed"; echo "aihf-ppo $size $seed"
+         done ;;
+      9) for size in "3000 1000" "3000 2000"; do
+           echo "rlhf $size $seed"; echo "aihf-ppo $size $seed"
+         done ;;
+      10) echo "rlhf 1000 1000 $seed" # for its SFT
+          for size in "1000 1000" "1000 2000" "1000 3000"; do
+            echo "dpo $size $seed"; echo "aihf-dpo $size $seed"
+          done ;;
+    esac
+  done
+}
+
+run() { # method demonstrations preferences seed
+  local name=llm__$1__$2__$3__$4 sft=runs/llm__rlhf__$2__$3__$4/sft script flags=()
+  [[ $1 = *dpo ]] && sft=runs/llm__rlhf__$2__1000__$4/sft # the same: SFT does not read the preferences
+  [ "$1" = rlhf ] || flags=(--opponent-path "$sft")
+  [ "$1" = dpo ] && flags+=(--sft-model-path "$sft" --demo-weight 0)
+  case $1 in
+    rlhf) script="rlhf_baseline.py llm" ;;
+    aihf-ppo) script=aihf_ppo_llm.py ;;
+    *) script=aihf_dpo_llm.py ;;
+  esac
+  if [ -e "runs/$name/policy" ]; then
+    return
+  elif [ -e "runs/$name/checkpoint.pt" ]; then
+    python $script --resume "runs/$name" --threads 1
+  else
+    python $script --seed "$4" --num-demonstrations "$2" --num-preferences "$3" --run-name "$name" --threads 1 \
+      ${flags[@]+"${flags[@]}"}
+  fi
+}
+export -f run
+
+mkdir -p runs
+lines=$(for figure in ${1:-6 10 9 7}; do runs "$figure"; done | awk '!seen[$0]++')
+for methods in rlhf aihf-ppo 'dpo|aihf-dpo'; do
+  grep -E "^($methods) " <<<"$lines" | # SFT has to be there before others start from it
+    xargs -r -P "${JOBS:-2}" -L 1 bash -c 'run "$@" >>"runs/llm__$1__$2__$3__$4.log" 2>&1' _
+done
