@@ -90,20 +90,24 @@ class Args:
     """gradients are cut to this norm"""
 
     # Upper level: the reward
-    demo_weight: float = 1.0
-    """the paper's alpha, on the demonstrations in (8a); 0 is RLHF's reward learning"""
+    demo_weight: float = 0.01
+    """the paper's alpha, on the demonstrations in (8a), which gives no value; 0 is RLHF's reward learning. g1 points the
+    same way in every batch, and g2 hardly does: with 1 the policy only imitates"""
     preference_weight: float = 1.0
     """weight of the preferences; 0 is maximum-likelihood inverse reinforcement learning"""
     demo_loss: Literal["linear", "logistic"] = "linear"
     """of R(demonstration) - R(policy's response): Lemma 5.1's, or log sigmoid of it (the authors' code)"""
-    reward_penalty: float = 0.25
+    response_memory: int = 10
+    """g1 contrasts the demonstrations with the responses of this many latest policies (Lemma 5.1: 1), lest the reward
+    forget what is wrong with the last policy but one and the two take turns"""
+    reward_penalty: float = 1.0
     """lambda, weight of the squares of both rewards in the demonstration term"""
-    reward_updates_per_iteration: int = 12
-    """Adam steps on the reward before each policy alignment (paper: 12)"""
+    reward_updates_per_iteration: int = 6
+    """Adam steps on the reward before each policy alignment (paper: 12, for 20 PPO steps)"""
     reward_batch_size: int = 32
     """demonstrations, as many responses of the policy and as many pairs in a step, those of all processes together, as
     in all batch sizes"""
-    reward_learning_rate: float = 3e-4
+    reward_learning_rate: float = 1e-3
     """Adam's"""
     held_out_share: float = 0.1
     """share of the preferences that is kept for the rewards/ metrics"""
@@ -111,9 +115,9 @@ class Args:
     # Lower level: the policy
     policy_optimizer: Literal["ppo", "remax"] = "ppo"
     """remax: one step a batch along the policy gradient with the greedy response's score as its baseline, no critic"""
-    policy_steps_per_iteration: int = 10
-    """PPO steps in each policy alignment (paper: 20)"""
-    ppo_steps: int = 100
+    policy_steps_per_iteration: int = 5
+    """PPO steps in each policy alignment (paper: 20, of a much smaller learning rate)"""
+    ppo_steps: int = 60
     """batches of responses in all"""
     batch_size: int = 64
     """responses in each"""
@@ -133,7 +137,7 @@ class Args:
     """probability ratios count up to 1 ± this"""
     value_clip: float = 0.2
     """values move at most this far from the old ones"""
-    kl_coefficient: float = 0.05
+    kl_coefficient: float = 0.02
     """β of (10), where the controller begins if it is adaptive"""
     adaptive_kl: bool = False
     """steer β so that the KL divergence goes to --target-kl (Ziegler et al. 2019)"""
@@ -147,7 +151,7 @@ class Args:
     # Running
     eval_prompts: int = 256
     """held-out prompts"""
-    eval_every: int = 10
+    eval_every: int = 5
     """PPO steps between evaluations"""
     samples: int = 3
     """rows of the table of samples on screen"""
@@ -179,9 +183,12 @@ PRESETS = {  # Table 2 and Section 6; what it leaves open is chosen as in the li
         "ground_truth_path": "lvwerra/distilbert-imdb",
         "num_demonstrations": 0,
         "num_preferences": 0,
+        "demo_weight": 1.0,
         "reward_learning_rate": 1e-5,
         "reward_batch_size": 128,
+        "reward_updates_per_iteration": 12,
         "policy_steps_per_iteration": 20,
+        "kl_coefficient": 0.05,
         "learning_rate": 1.41e-5,
         "value_learning_rate": 1.41e-5,
         "batch_size": 256,
@@ -199,10 +206,12 @@ PRESETS = {  # Table 2 and Section 6; what it leaves open is chosen as in the li
         "max_prompt_length": 512,
         "response_length": 128,
         "missing_eos_penalty": 1.0,
+        "demo_weight": 1.0,
         "reward_learning_rate": 1e-5,
         "reward_batch_size": 8,
         "reward_updates_per_iteration": 20,
         "policy_steps_per_iteration": 6000,
+        "kl_coefficient": 0.05,
         "learning_rate": 1e-6,
         "value_learning_rate": 1e-6,
         "batch_size": 4,
@@ -635,7 +644,7 @@ def load_checkpoint(run_dir: Path) -> dict:
         fail(f"no checkpoint at {path}; the run has to be started anew")
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-        if not {"step", "csv_bytes"} <= set(state["progress"]) or not {"parts", "data_hash"} <= set(state):
+        if not {"step", "csv_bytes"} <= set(state["progress"]) or not {"parts", "data_hash", "memory"} <= set(state):
             raise KeyError
     except Exception as error:  # torch.load raises almost anything on a damaged file
         fail(f"{path} is damaged or no checkpoint of {SCRIPT}.py ({type(error).__name__}); start the run anew")
@@ -808,12 +817,13 @@ if __name__ == "__main__":
     for name, part in learned.items() if state else ():
         part.load_state_dict(state["parts"][name])
     policy_forward, value_forward, reward_forward = map(distributed, modules)
+    memory = state["memory"] if state else []  # what the latest policies answered the demonstrations' prompts
 
     def save_checkpoint() -> None:
         if rank == 0:
             parts = {name: part.state_dict() for name, part in learned.items()}
             now = {**progress, "csv_bytes": csv_path.stat().st_size}
-            state = {"progress": now, "data_hash": data_hash, "parts": parts}
+            state = {"progress": now, "data_hash": data_hash, "parts": parts, "memory": memory}
             write_atomically(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
 
     def save_model(model, its_tokenizer, name: str) -> None:
@@ -921,21 +931,27 @@ if __name__ == "__main__":
         if is_new == 0:
             # ================================================================= SAMPLE: τ ~ D, τ' ~ π_k, (τ_l ≺ τ_w) ~ P
             size = args.reward_updates_per_iteration * args.reward_batch_size
-            demo_rows = mine(draw(len(contrast_prompts), size, k, (args.seed, 1)))
-            pair_rows = mine(draw(len(pairs), size, k, (args.seed, 2))) if pairs else demo_rows
+            demo_rows = draw(len(contrast_prompts), size, k, (args.seed, 1)).tolist()
             uniform = mine(np.random.default_rng([args.seed, 3, k]).random((size, args.response_length)))
             own = []  # the policy's responses, in the order of demo_rows
-            for part in in_parts(range(len(demo_rows)), args.batch_size):
-                own += respond(policy, [contrast_ids[i] for i in demo_rows[part]], uniform[part])[-1]
+            for part in in_parts(range(len(uniform)), args.batch_size):
+                own += respond(
+                    policy, [contrast_ids[i] for i in mine(demo_rows)[part.start : part.stop]], uniform[part]
+                )[-1]
+            memory = [*memory, list(zip(demo_rows, all_texts(own)))][-args.response_memory :]
+            entries = [entry for responses in memory for entry in responses]
+            drawn = np.random.default_rng([args.seed, 4, k]).permutation(len(entries))[:size]
+            contrasts = mine([entries[j] for j in drawn])  # (which demonstration, a response to its prompt)
+            pair_rows = mine(draw(len(pairs), size, k, (args.seed, 2))) if pairs else []
 
             # ================================================= UPPER LEVEL (8a): θ_{k+1} = θ_k + η (α g1 + g2), by Adam
-            for update_rows in in_parts(range(len(demo_rows)), args.reward_batch_size // count):
+            for update_rows in in_parts(range(len(contrasts)), args.reward_batch_size // count):
                 total = torch.zeros((), device=device)
                 for part in in_parts(update_rows, args.micro_batch_size):
                     texts = []
                     if demos:
-                        texts += [demos[i][0] + demos[i][1] for i in demo_rows[part]]
-                        texts += [demos[i][0] + own[j] for i, j in zip(demo_rows[part], part)]
+                        texts += ["".join(demos[i]) for i, _ in contrasts[part.start : part.stop]]
+                        texts += [demos[i][0] + y for i, y in contrasts[part.start : part.stop]]
                     if pairs:
                         texts += [pairs[i][0] + pairs[i][side] for side in (1, 2) for i in pair_rows[part]]
                     ids, mask = reward.encode(texts)
@@ -952,14 +968,15 @@ if __name__ == "__main__":
                 optimizers[2].zero_grad()
                 progress["reward_updates"] += 1
             # The policy's responses become worth 0 on average, and the first reward becomes the critic's beginning.
-            r_own = reward.score([contrast_prompts[i] + y for i, y in zip(demo_rows, own)], args.micro_batch_size)
+            prompts_now = [contrast_prompts[i] for i in mine(demo_rows)]
+            r_own = reward.score([x + y for x, y in zip(prompts_now, own)], args.micro_batch_size)
             shift = all_rows(r_own).mean()
             reward.offset += shift
             if step == 0 and value_is_reward:
                 value.load_state_dict(reward.state_dict())
             row["reward/policy"] = (all_rows(r_own) - shift).mean().item()
             if demos:
-                r_demos = reward.score([demos[i][0] + demos[i][1] for i in demo_rows], args.micro_batch_size)
+                r_demos = reward.score(["".join(demos[i]) for i in mine(demo_rows)], args.micro_batch_size)
                 row["reward/demonstrations"] = all_rows(r_demos).mean().item()
                 row["reward/gap"] = row["reward/demonstrations"] - row["reward/policy"]
             if pairs:
@@ -971,8 +988,8 @@ if __name__ == "__main__":
                 row |= {f"rewards/{name}": x.mean().item() for name, x in zip(names, columns)}
 
         # ===================================== LOWER LEVEL (8b): align π to r(·; θ_k), one step of PPO or ReMax on (10)
-        rows = mine(draw(len(train_ids), args.batch_size, step, (args.seed, 4)))
-        uniform = mine(np.random.default_rng([args.seed, 5, step]).random((args.batch_size, args.response_length)))
+        rows = mine(draw(len(train_ids), args.batch_size, step, (args.seed, 5)))
+        uniform = mine(np.random.default_rng([args.seed, 6, step]).random((args.batch_size, args.response_length)))
         ids, mask, ended, texts = respond(policy, [train_ids[i] for i in rows], uniform)
         length = ended.shape[1]
         old_log_probs, reference_log_probs = (log_probs_of(p, ids, mask, ended) for p in (policy, reference))

@@ -1047,15 +1047,15 @@ class LlmArgs:
     """Adam's"""
 
     # 2. The reward model
-    reward_epochs: float = 3.0
+    reward_epochs: float = 2.0
     """passes over the preferences"""
     reward_batch_size: int = 32
     """pairs in a step"""
-    reward_learning_rate: float = 3e-4
+    reward_learning_rate: float = 1e-3
     """Adam's"""
 
     # 3. PPO
-    ppo_steps: int = 100
+    ppo_steps: int = 60
     """batches of responses"""
     batch_size: int = 64
     """responses in each"""
@@ -1075,7 +1075,7 @@ class LlmArgs:
     """probability ratios count up to 1 ± this"""
     value_clip: float = 0.2
     """values move at most this far from the old ones"""
-    kl_coefficient: float = 0.05
+    kl_coefficient: float = 0.02
     """β of (4) and (10), where the controller begins if it is adaptive"""
     adaptive_kl: bool = False
     """steer β so that the KL divergence goes to --target-kl (Ziegler et al. 2019)"""
@@ -1089,7 +1089,7 @@ class LlmArgs:
     # Running
     eval_prompts: int = 256
     """held-out prompts"""
-    eval_every: int = 10
+    eval_every: int = 5
     """PPO steps between evaluations"""
     samples: int = 3
     """rows of the table of samples on screen"""
@@ -1126,6 +1126,7 @@ PRESETS = {  # Table 2 and Section 6; what it leaves open is chosen as in the li
         "sft_learning_rate": 1e-5,
         "reward_learning_rate": 1e-5,
         "reward_batch_size": 128,
+        "kl_coefficient": 0.05,
         "learning_rate": 1.41e-5,
         "value_learning_rate": 1.41e-5,
         "batch_size": 256,
@@ -1149,6 +1150,7 @@ PRESETS = {  # Table 2 and Section 6; what it leaves open is chosen as in the li
         "reward_epochs": 1.0,
         "reward_learning_rate": 1e-5,
         "reward_batch_size": 8,
+        "kl_coefficient": 0.05,
         "learning_rate": 1e-6,
         "value_learning_rate": 1e-6,
         "batch_size": 4,

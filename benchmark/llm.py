@@ -27,7 +27,7 @@ COLUMNS = (
 ).split()
 FIGURES = {  # which sizes of data, (demonstrations, preferences), belong to which of the paper's figures
     "6": [(1000, 1000)],
-    "7": [(1000, 1000), (1000, 2000), (1000, 3000), (2000, 3000), (3000, 3000)],
+    "7": [(1000, 100), (1000, 1000), (1000, 3000), (3000, 3000)],
     "9": [(3000, 1000), (3000, 2000), (3000, 3000)],
     "10": [(1000, 1000), (1000, 2000), (1000, 3000)],
 }
@@ -53,8 +53,8 @@ def evaluations(folder: Path, method: str) -> list[dict]:
 
 
 def collect(runs: Path) -> tuple[list[dict], list[dict]]:
-    """Rows of llm.csv and of llm_scores.csv for the finished runs in this folder. RLHF's evaluation at 0 steps is of SFT
-    alone."""
+    """Rows of llm.csv and of llm_scores.csv for the finished runs in this folder. RLHF's evaluation at 0 steps is of
+    SFT alone."""
     rows, scores = [], []
     for folder in sorted(runs.glob("llm__*__*__*__*")):
         if not (folder / "args.json").is_file():  # its log

@@ -10,12 +10,11 @@ runs() { # lines: method, demonstrations, preferences, seed
   local seed size
   for seed in 1 2 3; do
     case $1 in
-      6) echo "rlhf 1000 1000 $seed"; echo "aihf-ppo 1000 1000 $seed"
-         echo "dpo 1000 1000 $seed"; echo "aihf-dpo 1000 1000 $seed" ;;
-      7) for size in "1000 2000" "1000 3000" "2000 3000" "3000 3000"; do
+      6) for method in rlhf aihf-ppo dpo aihf-dpo; do echo "$method 1000 1000 $seed"; done ;;
+      7) for size in "1000 100" "1000 3000" "3000 3000"; do
            echo "rlhf $size $seed"; echo "aihf-ppo $size $seed"
          done ;;
-      9) for size in "3000 1000" "3000 2000"; do
+      9) for size in "3000 1000" "3000 3000" "3000 2000"; do
            echo "rlhf $size $seed"; echo "aihf-ppo $size $seed"
          done ;;
       10) echo "rlhf 1000 1000 $seed" # for its SFT
@@ -30,6 +29,7 @@ run() { # method demonstrations preferences seed
   local name=llm__$1__$2__$3__$4 sft=runs/llm__rlhf__$2__$3__$4/sft script flags=()
   [[ $1 = *dpo ]] && sft=runs/llm__rlhf__$2__1000__$4/sft # the same: SFT does not read the preferences
   [ "$1" = rlhf ] || flags=(--opponent-path "$sft")
+  [ "$1$3" = rlhf100 ] && flags=(--reward-epochs 20) # as many updates as with 1,000; what does best is kept
   [ "$1" = dpo ] && flags+=(--sft-model-path "$sft" --demo-weight 0)
   case $1 in
     rlhf) script="rlhf_baseline.py llm" ;;
@@ -48,8 +48,9 @@ run() { # method demonstrations preferences seed
 export -f run
 
 mkdir -p runs
-lines=$(for figure in ${1:-6 10 9 7}; do runs "$figure"; done | awk '!seen[$0]++')
-for methods in rlhf aihf-ppo 'dpo|aihf-dpo'; do
-  grep -E "^($methods) " <<<"$lines" | # SFT has to be there before others start from it
-    xargs -r -P "${JOBS:-2}" -L 1 bash -c 'run "$@" >>"runs/llm__$1__$2__$3__$4.log" 2>&1' _
+for figure in ${1:-6 10 7 9}; do
+  for methods in rlhf aihf-ppo 'dpo|aihf-dpo'; do # SFT has to be there before others start from it
+    runs "$figure" | grep -E "^($methods) " |
+      xargs -r -P "${JOBS:-2}" -L 1 bash -c 'run "$@" >>"runs/llm__$1__$2__$3__$4.log" 2>&1' _
+  done
 done

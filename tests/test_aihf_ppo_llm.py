@@ -225,7 +225,8 @@ def test_g1_sees_responses_of_the_current_policy(tmp_path, world, monkeypatch):
 
     monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "__call__", record)
     monkeypatch.setattr(torch, "save", keep)
-    run(tmp_path, world, reward_updates_per_iteration=1, micro_batch_size=8, preference_weight=0, temperature=1)
+    changes = {"reward_updates_per_iteration": 1, "preference_weight": 0, "temperature": 1, "response_memory": 1}
+    run(tmp_path, world, **changes)
     monkeypatch.undo()
     demos = [json.loads(line) for line in (world / "demonstrations.jsonl").read_text().splitlines()]
     tokenizer, eos, pad = aihf.load_tokenizer(str(world / "model"), "model-name-or-path")
@@ -240,9 +241,21 @@ def test_g1_sees_responses_of_the_current_policy(tmp_path, world, monkeypatch):
             own = policy.sample(*aihf.pad_rows(prompts, pad, left=True), uniform, 1.0, eos, pad)
             lengths = aihf.response_mask(own, eos).sum(-1).tolist()
             own = [tokenizer.decode(y[:n], skip_special_tokens=True) for y, n in zip(own.tolist(), lengths)]
-            texts[which] = [row["prompt"] + y for row, y in zip(drawn, own)]
+            order = np.random.default_rng([1, 4, k]).permutation(8)
+            texts[which] = [drawn[i]["prompt"] + own[i] for i in order]
         read = [texts[8:] for texts in seen if len(texts) == 16]  # demonstrations, then responses
         assert texts[step] in read and texts[1] not in read
+
+
+def test_the_memory_holds_the_latest_responses(tmp_path, world):
+    """Of as many policies as it may, the current one's among them, in the checkpoint; g1 draws from all of them."""
+    for memory, kept in ((1, [1]), (10, [0, 1])):
+        folder = run(tmp_path, world, response_memory=memory, run_name=f"run{memory}").with_name(f"run{memory}")
+        state = torch.load(folder / "checkpoint.pt", weights_only=True)
+        rows_of = [[i for i, _ in responses] for responses in state["memory"]]
+        assert rows_of == [aihf.draw(40, 24, k, (1, 1)).tolist() for k in kept]
+    first, second = (rows(tmp_path / "runs" / f"run{memory}") for memory in (1, 10))
+    assert first[1] == second[1] and first[3]["rewards/loss"] != second[3]["rewards/loss"]
 
 
 def test_demo_weight_0_is_rlhfs_reward_learning(tmp_path, world):
