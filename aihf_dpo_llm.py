@@ -21,8 +21,8 @@ Where the paper leaves a choice, or this file departs from it, and why:
 - log π(y|x) of a demonstration is a mean over its tokens (--sft-normalisation token): α = 1 then weighs a demonstration
   about as much as a pair, whatever its length. The sum over tokens (sequence) is the equation to the letter.
 - The demonstrations are a set of their own, not the chosen responses of the pairs, and π⁰ is the base model.
-- --self-play-weight adds log σ of what tells demonstrations from the policy's own responses, with r = β log π/π_k, which
-  is closer to (28) than the likelihood (SPIN, Chen et al. 2024). Off by default: the paper's AIHF-DPO is without it.
+- --self-play-weight adds log σ of what tells demonstrations from the policy's own responses, r = β log π/π_k: closer to
+  (28) than the likelihood (SPIN, Chen et al. 2024). It is off by default and not what the paper calls AIHF-DPO.
 """
 
 import copy

@@ -18,6 +18,10 @@ Where the paper leaves a choice, or this file departs from it, and why (benchmar
 - The loop begins with the upper level: a policy has nothing to learn from a reward that has not learned anything.
 - g1 (Lemma 5.1) is linear in R and grows without bound. Here it comes with λ (R(τ)² + R(τ')²), --reward-penalty, under
   which the R that g1 alone makes is (p_E - p_π) / 2λ(p_E + p_π), within ±1/2λ: Lemma 5.1's direction, bounded.
+- g1's responses are fresh, but those of the nine policies before stay in the average, as in aihf_sac_mujoco.py: a
+  reward fitted to the newest policy alone forgets what was wrong with the last but one, and the two take turns.
+- α is 0.01 (the paper does not say): g1 points the same way in every batch, g2 hardly does, and Adam takes what is left
+  of both to the same length. With 1 the policy only imitates.
 - A reward is free up to a constant, and drifts. After each upper level it is shifted so that the policy's responses are
   worth 0 on average, which is where the critic finds it again; the critic begins as a copy of the first reward.
 - The KL penalty of (10) is to the policy that the run starts from: the base model, or SFT (--sft-model-path). PPO's
@@ -91,8 +95,8 @@ class Args:
 
     # Upper level: the reward
     demo_weight: float = 0.01
-    """the paper's alpha, on the demonstrations in (8a), which gives no value; 0 is RLHF's reward learning. g1 points the
-    same way in every batch, and g2 hardly does: with 1 the policy only imitates"""
+    """the paper's alpha (which gives no value), on the demonstrations in (8a); 0 is RLHF's reward learning. g1 points
+    the same way in every batch, and g2 hardly does: with 1 the policy only imitates"""
     preference_weight: float = 1.0
     """weight of the preferences; 0 is maximum-likelihood inverse reinforcement learning"""
     demo_loss: Literal["linear", "logistic"] = "linear"
