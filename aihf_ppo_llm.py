@@ -106,7 +106,7 @@ class Args:
     forget what is wrong with the last policy but one and the two take turns"""
     reward_penalty: float = 1.0
     """lambda, weight of the squares of both rewards in the demonstration term"""
-    reward_updates_per_iteration: int = 6
+    reward_updates_per_iteration: int = 3
     """Adam steps on the reward before each policy alignment (paper: 12, for 20 PPO steps)"""
     reward_batch_size: int = 32
     """demonstrations, as many responses of the policy and as many pairs in a step, those of all processes together, as
