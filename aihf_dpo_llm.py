@@ -81,7 +81,7 @@ class Args:
     response_length: int = 24
     """tokens of a response at most; longer ones of the data are cut"""
     micro_batch_size: int = 64
-    """rows in one forward and backward pass of a process; the result does not depend on it"""
+    """demonstrations and as many pairs in a forward and backward pass of a process; the result does not depend on it"""
     anneal: bool = True
     """let the learning rates fall linearly to 0 over the run"""
     max_grad_norm: float = 1.0
@@ -772,7 +772,10 @@ if __name__ == "__main__":
             write_atomically(path, lambda path: save_file(sides, path))
         if count > 1:
             dist.barrier()
-        sides = load_file(path, device=str(device))
+        try:
+            sides = load_file(path, device=str(device))
+        except Exception as error:  # of a damaged file
+            fail(f"cannot read {path} ({one_line(error)}); delete it, it will be made anew")
         return sides["chosen"], sides["rejected"]
 
     # ------------------------------------------------------------------------------------------------------- evaluate

@@ -25,6 +25,7 @@ KEYS = ("figure", "method", "demonstrations", "preferences", "seed")
 COLUMNS = (
     "figure method seed demonstrations preferences policy_steps episodes seconds gt_score kl win_rate correlation"
 ).split()
+SCORE_COLUMNS = ("method", "seed", "learned_score", "gt_score", "response")
 FIGURES = {  # which sizes of data, (demonstrations, preferences), belong to which of the paper's figures
     "6": [(1000, 1000)],
     "7": [(1000, 100), (1000, 1000), (1000, 3000), (3000, 3000)],
@@ -61,23 +62,22 @@ def collect(runs: Path) -> tuple[list[dict], list[dict]]:
             continue
         method = folder.name.split("__")[1]
         table = evaluations(folder, method)
-        by_method = {method: table, "sft": [{**row, "method": "sft"} for row in table[:1] if method == "rlhf"]}
-        for method, its_rows in by_method.items():
-            for row in its_rows:
-                size = int(row["demonstrations"]), int(row["preferences"])
-                rows += [{"figure": f, **row} for f in FIGURES if size in FIGURES[f] and method in METHODS[f]]
-        if table and size == (1000, 1000) and "dpo" not in folder.name:
+        sft = [{**row, "method": "sft"} for row in table[:1] if method == "rlhf"]
+        for row in table + sft:
+            size = int(row["demonstrations"]), int(row["preferences"])
+            rows += [{"figure": f, **row} for f in FIGURES if size in FIGURES[f] and row["method"] in METHODS[f]]
+        if table and size == (1000, 1000):
             for line in (folder / "samples.jsonl").read_text().splitlines():
-                sample = json.loads(line)
-                values = (folder.name.split("__")[1], table[0]["seed"], sample["learned_score"], sample["gt_score"])
-                scores.append(dict(zip(("method", "seed", "learned_score", "gt_score"), map("{:.6}".format, values))))
+                sample = {"method": method, "seed": table[0]["seed"], "learned_score": "", **json.loads(line)}
+                sample["response"] = " ".join(sample["response"].split())
+                scores.append({name: sample[name] for name in SCORE_COLUMNS})
     return rows, scores
 
 
 def merge(path: Path, new: list[dict], keys: tuple[str, ...]) -> list[dict]:
     """Write the file's rows, those of the same run replaced by the new ones, back to it; returns them."""
     have = {tuple(row[key] for key in keys) for row in new}
-    rows = list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
+    rows = list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
     rows = [row for row in rows if tuple(row[key] for key in keys) not in have] + new
     rows.sort(key=lambda row: tuple(row[key] for key in keys))  # stable: evaluations stay in their order
     with open(path, "w", newline="") as file:
@@ -203,6 +203,12 @@ def draw_all(rows: list[dict], scores: list[dict], folder: Path) -> None:
     plt.close("all")
 
 
+def distinct(texts: list[str]) -> float:
+    """Share of different ones among the pairs of words that follow each other, over all texts (Li et al. 2016)."""
+    pairs = [pair for text in texts for pair in zip(text.lower().split(), text.lower().split()[1:])]
+    return len(set(pairs)) / len(pairs)
+
+
 def at_equal_kl(rows: list[dict], figure: str, size: tuple[int, int]) -> str:
     """Ground truth of each seed's AIHF and RLHF at the same KL to the base model: the largest that both of them reach,
     read off between evaluations."""
@@ -234,6 +240,16 @@ if __name__ == "__main__":
             above = sum(wins[0][seed]["gt_score"][-1] > wins[1][seed]["gt_score"][-1] for seed in seeds)
             print(f"{size[0]} + {size[1]}: AIHF ends above RLHF in {above} of {len(seeds)} seeds")
             print(at_equal_kl(rows, figure, size))
+    demonstrations = (ROOT / "data_gen/assets/imdb/demonstrations.jsonl").read_text().splitlines()
+    texts = {"demonstrations": [[json.loads(line)["completion"] for line in demonstrations[:256]]]}
+    for method in METHODS["6"][:4]:
+        of_seed: dict[str, list[str]] = {}
+        for row in scores:
+            if row["method"] == method:
+                of_seed.setdefault(row["seed"], []).append(row["response"])
+        texts[method] = list(of_seed.values())
+    for name, groups in texts.items():
+        print(f"different word pairs among those of 256 responses, {name}: {plus_minus([distinct(g) for g in groups])}")
     for method in ("aihf-ppo", "rlhf"):
         runs = runs_of(rows, "6", method, (1000, 1000)).values()
         print(f"rank correlation of learned and true score, {method}: start and end", end=" ")

@@ -234,6 +234,8 @@ def test_cached_reference_equals_fresh(tmp_path, world, plain):
     dpo.save_file({name: x - 1 * (name == "chosen") for name, x in sides.items()}, cache)
     spoiled = run(tmp_path, world, run_name="spoiled").with_name("spoiled")
     assert float(rows(spoiled)[1]["rewards/chosen"]) == pytest.approx(0.1, abs=1e-4)
+    cache.write_bytes(b"half")
+    assert_refused(execute(tmp_path, command(world, tmp_path / "runs", run_name="damaged")), str(cache))
     run(tmp_path, world, run_name="sft", sft_model_path=plain / "policy")
     run(tmp_path, world, run_name="fewer", num_preferences=30)
     assert len(list((tmp_path / "runs" / "cache").iterdir())) == 3
@@ -480,11 +482,11 @@ def test_help_and_copied_alone(tmp_path):
 def test_what_the_scripts_repeat_is_letter_identical():
     shared = assert_letter_identical(dpo, rlhf, {"check_args", "load_checkpoint"})
     assert shared >= {"Policy", "Scorer", "read_texts", "draw"}
-    assert_letter_identical(dpo, ppo, {"Args", "check_args"})
+    assert_letter_identical(dpo, ppo, {"Args", "check_args", "load_checkpoint"})
 
 
 def test_shared_flags_have_the_same_defaults():
     ours, theirs = ({f.name: f.default for f in fields(kind)} for kind in (dpo.Args, ppo.Args))
     both = set(ours) & set(theirs)
-    differ = {"run_name", "batch_size", "learning_rate", "eval_every", "checkpoint_every"}
+    differ = {"run_name", "demo_weight", "batch_size", "learning_rate", "eval_every", "checkpoint_every"}
     assert len(both) > 25 and {name for name in both if ours[name] != theirs[name]} <= differ
