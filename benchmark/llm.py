@@ -28,7 +28,7 @@ COLUMNS = (
 SCORE_COLUMNS = ("method", "seed", "learned_score", "gt_score", "response")
 FIGURES = {  # which sizes of data, (demonstrations, preferences), belong to which of the paper's figures
     "6": [(1000, 1000)],
-    "7": [(1000, 100), (1000, 1000), (1000, 3000), (3000, 3000)],
+    "7": [(1000, 30), (1000, 100), (1000, 1000), (1000, 3000), (3000, 3000)],
     "9": [(3000, 1000), (3000, 2000), (3000, 3000)],
     "10": [(1000, 1000), (1000, 2000), (1000, 3000)],
 }
@@ -150,8 +150,8 @@ def draw_all(rows: list[dict], scores: list[dict], folder: Path) -> None:
     figure.savefig(folder / "figure6.png", dpi=130)
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, **kwargs)
-    sweeps = [("preferences (1,000 demonstrations)", 1, FIGURES["7"][:3])]
-    sweeps.append(("demonstrations (3,000 preferences)", 0, FIGURES["7"][2:]))
+    sweeps = [("preferences (1,000 demonstrations)", 1, FIGURES["7"][:4])]
+    sweeps.append(("demonstrations (3,000 preferences)", 0, FIGURES["7"][3:]))
     for axis, (label, which, sizes) in zip(axes[0], sweeps):
         for method in METHODS["7"]:
             finals = {
