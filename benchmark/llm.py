@@ -70,6 +70,7 @@ def collect(runs: Path) -> tuple[list[dict], list[dict]]:
             for line in (folder / "samples.jsonl").read_text().splitlines():
                 sample = {"method": method, "seed": table[0]["seed"], "learned_score": "", **json.loads(line)}
                 sample["response"] = " ".join(sample["response"].split())
+                sample |= {n: f"{x:.5g}" for n, x in sample.items() if isinstance(x, float)}
                 scores.append({name: sample[name] for name in SCORE_COLUMNS})
     return rows, scores
 
@@ -210,17 +211,15 @@ def distinct(texts: list[str]) -> float:
 
 
 def at_equal_kl(rows: list[dict], figure: str, size: tuple[int, int]) -> str:
-    """Ground truth of each seed's AIHF and RLHF at the same KL to the base model: the largest that both of them reach,
-    read off between evaluations."""
+    """Ground truth of each seed's AIHF at its end, and of RLHF where it passed the same KL to the base model on its way
+    up, between two evaluations."""
     words = []
     aihf, rlhf = (runs_of(rows, figure, method, size) for method in ("aihf-ppo", "rlhf"))
     for seed in sorted(set(aihf) & set(rlhf)):
-        kl = min(run[seed]["kl"].max() for run in (aihf, rlhf))
-        both = []
-        for run in (aihf[seed], rlhf[seed]):
-            way_up = run["kl"][: run["kl"].argmax() + 1]  # along it KL grows
-            both.append(np.interp(kl, np.maximum.accumulate(way_up), run["gt_score"][: len(way_up)]))
-        words.append(f"seed {seed} at {kl:.1f} nats {both[0]:.2f} / {both[1]:.2f}")
+        kl, truth = (aihf[seed][name][-1] for name in ("kl", "gt_score"))
+        way_up = np.maximum.accumulate(rlhf[seed]["kl"])[: rlhf[seed]["kl"].argmax() + 1]
+        other = np.interp(kl, way_up, rlhf[seed]["gt_score"][: len(way_up)])
+        words.append(f"seed {seed} at {kl:.1f} nats {truth:.2f} / {other:.2f}")
     return f"{size[0]} + {size[1]}, AIHF / RLHF: {', '.join(words)}"
 
 
