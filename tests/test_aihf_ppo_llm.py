@@ -340,7 +340,9 @@ def test_no_ground_truth_and_adaptive_kl(tmp_path, world, plain):
     seen_by_truth = ("eval/gt_score", "eval/gt_score_std", "eval/win_rate", "eval/reward_correlation")
     for row, other in zip(rows(folder), rows(plain), strict=True):
         assert {**other, **dict.fromkeys(seen_by_truth, "")} == row
-    folder = run(tmp_path, world, "--adaptive-kl", run_name="run2", target_kl=0.001, kl_horizon=16).with_name("run2")
+    folder = run(
+        tmp_path, world, "--adaptive-kl", run_name="run2", kl_coefficient=0.05, target_kl=0.001, kl_horizon=16
+    ).with_name("run2")
     beta = [float(row["objective/kl_coefficient"]) for row in rows(folder)[1:]]
     assert beta == pytest.approx([0.05, 0.04, *beta[2:]]) and beta[2] != beta[1]
 
