@@ -28,7 +28,7 @@ COLUMNS = (
 SCORE_COLUMNS = ("method", "seed", "learned_score", "gt_score", "response")
 FIGURES = {  # which sizes of data, (demonstrations, preferences), belong to which of the paper's figures
     "6": [(1000, 1000)],
-    "7": [(1000, 100), (1000, 1000), (1000, 3000), (3000, 3000)],
+    "7": [(1000, 100), (1000, 1000), (3000, 1000), (3000, 3000)],
     "9": [(3000, 1000), (3000, 3000)],
     "10": [(1000, 1000), (1000, 2000), (1000, 3000)],
 }
@@ -150,9 +150,10 @@ def draw_all(rows: list[dict], scores: list[dict], folder: Path) -> None:
         axis.legend(frameon=False, fontsize=8)
     figure.savefig(folder / "figure6.png", dpi=130)
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, **kwargs)
-    sweeps = [("preferences (1,000 demonstrations)", 1, FIGURES["7"][:3])]
-    sweeps.append(("demonstrations (3,000 preferences)", 0, FIGURES["7"][2:]))
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), sharey=True, **kwargs)
+    sweeps = [("preferences, 1,000 demonstrations", 1, FIGURES["7"][:2])]
+    sweeps.append(("demonstrations, 1,000 preferences", 0, FIGURES["7"][1:3]))
+    sweeps.append(("preferences, 3,000 demonstrations", 1, FIGURES["7"][2:]))
     for axis, (label, which, sizes) in zip(axes[0], sweeps):
         for method in METHODS["7"]:
             finals = {

@@ -11,9 +11,7 @@ runs() { # lines: method, demonstrations, preferences, seed
   for seed in 1 2 3; do
     case $1 in
       6) for method in rlhf aihf-ppo dpo aihf-dpo; do echo "$method 1000 1000 $seed"; done ;;
-      7) for size in "1000 100" "3000 3000" "1000 3000"; do
-           echo "rlhf $size $seed"; echo "aihf-ppo $size $seed"
-         done ;;
+      7) for method in rlhf aihf-ppo; do echo "$method 1000 100 $seed"; done ;; # beside those of 6 and 9
       9) for size in "3000 1000" "3000 3000"; do
            echo "rlhf $size $seed"; echo "aihf-ppo $size $seed"
          done ;;
@@ -31,7 +29,7 @@ run() { # method demonstrations preferences seed
   [ "$1" = rlhf ] || flags=(--opponent-path "$sft")
   [ "$1$3" = rlhf100 ] && flags=(--reward-epochs 20) # as many updates as with 1,000; what does best is kept
   [ "$1$3" = aihf-ppo3000 ] && flags+=(--reward-updates-per-iteration 9) # as many passes as with 1,000
-  [ "$2" = 3000 ] && flags+=(--eval-every 2) # Figure 9 wants many points
+  [ "$2" = 3000 ] && flags+=(--eval-every 3) # Figure 9 wants many points
   [ "$1" = dpo ] && flags+=(--sft-model-path "$sft" --demo-weight 0)
   case $1 in
     rlhf) script="rlhf_baseline.py llm" ;;
@@ -50,9 +48,9 @@ run() { # method demonstrations preferences seed
 export -f run
 
 mkdir -p runs
-for figure in ${1:-6 10 7 9}; do
+for figure in ${1:-6 10 9 7}; do
   for methods in rlhf aihf-ppo 'dpo|aihf-dpo'; do # SFT has to be there before others start from it
-    runs "$figure" | grep -E "^($methods) " |
+    runs "$figure" | { grep -E "^($methods) " || true; } |
       xargs -r -P "${JOBS:-2}" -L 1 bash -c 'run "$@" >>"runs/llm__$1__$2__$3__$4.log" 2>&1' _
   done
 done
