@@ -8,9 +8,9 @@ arXiv 2406.06874: (13) of Section 3.4, on language models (Section 6.1, A.2.2). 
 learns from 1,000 demonstrations {prompt, completion} and 1,000 preferences {prompt, chosen, rejected} to write movie
 reviews, from a small language model that is in the repository; prints the held-out ground-truth score, used for nothing
 else, as it goes; and leaves the policy in runs/<run_name>. The score went from -0.2 to 2.4 in 200 steps, which took 4
-minutes on one CPU core. `--demo-weight 0 --sft-model-path runs/<run>/sft` is DPO
-(Rafailov et al. 2023) after SFT, `--preference-weight 0` SFT alone. --preset imdb and --preset hh are for models from
-the hub; `torchrun --nproc-per-node 2 aihf_dpo_llm.py` shares every batch between processes.
+minutes on one CPU core. `--demo-weight 0 --sft-model-path runs/<run>/sft` is DPO (Rafailov et al. 2023) after SFT,
+`--preference-weight 0` SFT alone. --preset imdb and --preset hh are for models from the hub; `torchrun
+--nproc-per-node 2 aihf_dpo_llm.py` shares every batch between processes.
 
     (13)  max_π  α E_D[ log π(y|x) ]  +  E_P[ log σ( β log π(y_w|x)/π⁰(y_w|x) - β log π(y_l|x)/π⁰(y_l|x) ) ]
 

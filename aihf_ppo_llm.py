@@ -6,10 +6,10 @@ arXiv 2406.06874: Algorithm 1 on language models (Sections 6.1 and 6.2, A.2.2). 
     python aihf_ppo_llm.py
 
 learns from 1,000 demonstrations {prompt, completion} and 1,000 preferences {prompt, chosen, rejected} to write movie
-reviews, from a small language model that is in the repository; prints the held-out ground-truth score, used for nothing
-else, as it goes; and leaves policy and reward in runs/<run_name>. The score went from -0.2 to 3.4 in 60 PPO steps, which
-took 4 minutes on one CPU core. --preset imdb and --preset hh are the paper's settings for models from the hub;
-`torchrun --nproc-per-node 2 aihf_ppo_llm.py` shares every batch between processes.
+reviews, from a small language model that is in the repository; prints the held-out ground-truth score, used for
+nothing else, as it goes; and leaves policy and reward in runs/<run_name>. The score went from -0.2 to 3.4 in 60 PPO
+steps, which took 4 minutes on one CPU core. --preset imdb and --preset hh are the paper's settings for models from the
+hub; `torchrun --nproc-per-node 2 aihf_ppo_llm.py` shares every batch between processes.
 
 The main loop is at the end: SAMPLE lets the policy answer the demonstrations' prompts, UPPER LEVEL moves the reward
 along α g1 + g2 (reward_losses), LOWER LEVEL aligns the policy to it by PPO, or by the simpler ReMax.
