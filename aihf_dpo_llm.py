@@ -626,15 +626,18 @@ if __name__ == "__main__":
     if args.max_prompt_length + args.response_length > limit:
         fail(f"--max-prompt-length and --response-length together must be at most {limit}, which {initial_path} reads")
     reference = copy.deepcopy(policy).requires_grad_(False)  # π⁰
-    others = {}  # read in evaluations only
-    for path, its_flag in ((args.model_name_or_path, "model-name-or-path"), (args.opponent_path, "opponent-path")):
-        if path in ("", initial_path):
-            others[its_flag] = reference
-        elif load_tokenizer(path, its_flag)[0].get_vocab() == tokenizer.get_vocab():
-            others[its_flag] = load_policy(path, its_flag).requires_grad_(False)
-        elif path == args.opponent_path:
-            fail(f"--opponent-path {path} has another vocabulary than {initial_path}")
-    base, opponent = others.get("model-name-or-path"), others["opponent-path"]
+
+    def load_other(name: str, flag: str) -> Policy | None:
+        """A policy to compare with; None where it has another vocabulary."""
+        if name in ("", initial_path):
+            return reference
+        same = load_tokenizer(name, flag)[0].get_vocab() == tokenizer.get_vocab()
+        return load_policy(name, flag).requires_grad_(False) if same else None
+
+    base = load_other(args.model_name_or_path, "model-name-or-path")
+    opponent = load_other(args.opponent_path, "opponent-path")
+    if opponent is None:
+        fail(f"--opponent-path {args.opponent_path} has another vocabulary than {initial_path}")
     judge = None
     if args.ground_truth_path:  # for evaluation, and for nothing else
         judge, _ = load_scorer(args.ground_truth_path, "ground-truth-path", True, device)

@@ -676,7 +676,7 @@ MAY_BE_ZERO = (
 ).split()
 METRICS = (
     "charts/iteration charts/step charts/episodes charts/reward_updates charts/episodes_per_second charts/wall_seconds "
-    "reward/demonstrations reward/policy reward/gap "
+    "reward/gap "
     "rewards/loss rewards/held_out_loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies "
     "objective/kl objective/scores objective/entropy objective/rlhf_reward objective/kl_coefficient "
     "losses/policy losses/value losses/approx_kl losses/clip_fraction losses/ratio "
@@ -737,15 +737,18 @@ if __name__ == "__main__":
         value, value_is_reward = load_scorer(initial_path, flag, False, device)[0], False
         value.model.score.weight.data.zero_()
     reference = copy.deepcopy(policy).requires_grad_(False)  # π⁰
-    others = {}  # read in evaluations only
-    for path, its_flag in ((args.model_name_or_path, "model-name-or-path"), (args.opponent_path, "opponent-path")):
-        if path in ("", initial_path):
-            others[its_flag] = reference
-        elif load_tokenizer(path, its_flag)[0].get_vocab() == tokenizer.get_vocab():
-            others[its_flag] = load_policy(path, its_flag).requires_grad_(False)
-        elif path == args.opponent_path:
-            fail(f"--opponent-path {path} has another vocabulary than {initial_path}")
-    base, opponent = others.get("model-name-or-path"), others["opponent-path"]
+
+    def load_other(name: str, flag: str) -> Policy | None:
+        """A policy to compare with; None where it has another vocabulary."""
+        if name in ("", initial_path):
+            return reference
+        same = load_tokenizer(name, flag)[0].get_vocab() == tokenizer.get_vocab()
+        return load_policy(name, flag).requires_grad_(False) if same else None
+
+    base = load_other(args.model_name_or_path, "model-name-or-path")
+    opponent = load_other(args.opponent_path, "opponent-path")
+    if opponent is None:
+        fail(f"--opponent-path {args.opponent_path} has another vocabulary than {initial_path}")
     judge = None
     if args.ground_truth_path:  # for evaluation, and for nothing else
         judge, _ = load_scorer(args.ground_truth_path, "ground-truth-path", True, device)
@@ -772,11 +775,8 @@ if __name__ == "__main__":
         rows = hold_out(len(pairs), args.held_out_share, where, np.random.default_rng([args.seed, 0]))
         pairs, held_out = ([pairs[i] for i in part] for part in rows)
 
-    def token_ids(texts: list[str], **kwargs) -> list[list[int]]:
-        return tokenizer(texts, **kwargs)["input_ids"]
-
     def prompt_ids(prompts: list[str]) -> list[list[int]]:
-        return token_ids(prompts, truncation=True, max_length=args.max_prompt_length)
+        return tokenizer(prompts, truncation=True, max_length=args.max_prompt_length)["input_ids"]
 
     def decode(ids: list[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -784,10 +784,11 @@ if __name__ == "__main__":
     train_prompts, eval_prompts = prompts[: -args.eval_prompts], prompts[-args.eval_prompts :]
     train_ids, eval_ids = prompt_ids(train_prompts), prompt_ids(eval_prompts)
     if demos:  # cut to what the policy can write: length alone must not tell them apart
-        completions = token_ids([y for _, y in demos], add_special_tokens=False)
-        long = [len(ids) > args.response_length for ids in completions]
-        cut = [decode(ids[: args.response_length]) for ids in completions]
-        demos = [(x, short if is_long else y) for (x, y), short, is_long in zip(demos, cut, long)]
+        most, completions = (
+            args.response_length,
+            tokenizer([y for _, y in demos], add_special_tokens=False)["input_ids"],
+        )
+        demos = [(x, decode(ids[:most]) if len(ids) > most else y) for (x, y), ids in zip(demos, completions)]
     contrast_prompts = [x for x, _ in demos] or train_prompts  # those that the policy answers for the upper level
     contrast_ids = prompt_ids(contrast_prompts)
 
@@ -939,10 +940,8 @@ if __name__ == "__main__":
             demo_rows = draw(len(contrast_prompts), size, k, (args.seed, 1)).tolist()
             uniform = mine(np.random.default_rng([args.seed, 3, k]).random((size, args.response_length)))
             own = []  # the policy's responses, in the order of demo_rows
-            for part in in_parts(range(len(uniform)), args.batch_size):
-                own += respond(
-                    policy, [contrast_ids[i] for i in mine(demo_rows)[part.start : part.stop]], uniform[part]
-                )[-1]
+            for part in zip(in_parts(mine(demo_rows), args.batch_size), in_parts(uniform, args.batch_size)):
+                own += respond(policy, [contrast_ids[i] for i in part[0]], part[1])[-1]
             memory = [*memory, list(zip(demo_rows, all_texts(own)))][-args.response_memory :]
             entries = [entry for responses in memory for entry in responses]
             drawn = np.random.default_rng([args.seed, 4, k]).permutation(len(entries))[:size]
@@ -973,17 +972,13 @@ if __name__ == "__main__":
                 optimizers[2].zero_grad()
                 progress["reward_updates"] += 1
             # The policy's responses become worth 0 on average, and the first reward becomes the critic's beginning.
-            prompts_now = [contrast_prompts[i] for i in mine(demo_rows)]
-            r_own = reward.score([x + y for x, y in zip(prompts_now, own)], args.micro_batch_size)
-            shift = all_rows(r_own).mean()
-            reward.offset += shift
+            texts = [contrast_prompts[i] + y for i, y in zip(mine(demo_rows), own)]
+            reward.offset += all_rows(reward.score(texts, args.micro_batch_size)).mean()
             if step == 0 and value_is_reward:
                 value.load_state_dict(reward.state_dict())
-            row["reward/policy"] = (all_rows(r_own) - shift).mean().item()
             if demos:
                 r_demos = reward.score(["".join(demos[i]) for i in mine(demo_rows)], args.micro_batch_size)
-                row["reward/demonstrations"] = all_rows(r_demos).mean().item()
-                row["reward/gap"] = row["reward/demonstrations"] - row["reward/policy"]
+                row["reward/gap"] = all_rows(r_demos).mean().item()
             if pairs:
                 sides = [[pair[0] + pair[side] for pair in held_out] for side in (1, 2)]
                 chosen, rejected = (reward.score(texts, args.micro_batch_size) for texts in sides)
