@@ -784,10 +784,8 @@ if __name__ == "__main__":
     train_prompts, eval_prompts = prompts[: -args.eval_prompts], prompts[-args.eval_prompts :]
     train_ids, eval_ids = prompt_ids(train_prompts), prompt_ids(eval_prompts)
     if demos:  # cut to what the policy can write: length alone must not tell them apart
-        most, completions = (
-            args.response_length,
-            tokenizer([y for _, y in demos], add_special_tokens=False)["input_ids"],
-        )
+        most = args.response_length
+        completions = tokenizer([y for _, y in demos], add_special_tokens=False)["input_ids"]
         demos = [(x, decode(ids[:most]) if len(ids) > most else y) for (x, y), ids in zip(demos, completions)]
     contrast_prompts = [x for x, _ in demos] or train_prompts  # those that the policy answers for the upper level
     contrast_ids = prompt_ids(contrast_prompts)
