@@ -23,9 +23,9 @@ What is done to make it strong (benchmark/tuning/rlhf.md has what else was tried
 - A new critic would undo the cloning in a few hundred steps. So the policy and β stand still for the first
   --critic-warmup-steps, in which the cloned policy acts and the critics learn its value. The policy's Adam moments go
   on meanwhile: begun at 0 after so many updates, its first steps would be several times too long.
-- β begins where it ends in AIHF's runs, and not at 1: that would widen the cloned policy.
-- A KL penalty holds the policy near the clone (--kl-coefficient), as in (4). The paper's robots have SAC's entropy
-  bonus alone (--kl-coefficient 0), which on Hopper-v4 ended at a tenth of the clone's return in a trial.
+- A KL penalty holds the policy near the clone, as in (4), and SAC takes small steps. The paper's robots have SAC's
+  entropy bonus alone; with it (--kl-coefficient 0 --learning-rate 1e-3, β beginning where it ends in AIHF's runs) a
+  trial on Hopper-v4 ended at a tenth of the clone's return.
 
     python rlhf_baseline.py llm
 
@@ -118,19 +118,20 @@ class MujocoArgs:
     # 3. RL
     critic_warmup_steps: int = 10_000
     """SAC steps in which the cloned policy acts and stands still while the Q networks learn its value"""
-    kl_coefficient: float = 1.0
-    """weight of log π⁰(a|s), of the cloned policy, which with the entropy bonus makes the KL penalty of (4) and (10).
-    0 leaves the bonus alone, as the paper's robots have it, and loses what was cloned"""
+    kl_coefficient: float = 10.0
+    """beta of (4), the weight of KL(π ‖ π⁰), where π⁰ is the cloned policy. With 0 it is uniform, as the paper's robots
+    have it: SAC with its entropy bonus, weighted by --entropy-coefficient. That loses what was cloned"""
     policy_steps_per_iteration: int = 5_000
     """SAC steps between two rows of metrics.csv"""
-    learning_rate: float = 1e-3
-    """Adam's, for policy, Q networks and entropy coefficient (paper: 3e-3; the authors' code: 1e-3)"""
+    learning_rate: float = 1e-4
+    """Adam's, for policy, Q networks and entropy coefficient (paper: 3e-3; the authors' code and AIHF here: 1e-3, whose
+    steps shake HalfCheetah's clone until it falls)"""
     anneal: bool = True
     """let the learning rates fall linearly to 0, in each stage, so that it ends on a settled result (paper: no)"""
     batch_size: int = 256
     """transitions in an update"""
     entropy_coefficient: str = "auto"
-    """the paper's beta: a number, or auto for the one that holds the entropy at -dim(A)"""
+    """beta where π⁰ is uniform: a number, or auto for the one that holds the entropy at -dim(A)"""
     initial_entropy_coefficient: float = 0.05
     """where auto begins"""
     gamma: float = 0.99
@@ -240,6 +241,16 @@ def log_likelihood(actor: Tensor, obs: Tensor, actions: Tensor, sizes: tuple[int
     return (log_normal - log_det_tanh).sum(-1)
 
 
+def kl_divergence(actor: Tensor, reference: Tensor, obs: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """KL(π(·|s) ‖ π⁰(·|s)) of two squashed Gaussians, in nats: (batch,). tanh is one-to-one, so it is the KL divergence
+    of the two Gaussians, exactly; log π - log π⁰ of sampled actions is wrong where float32 rounds tanh to ±1."""
+    (mean, log_std), (mean_0, log_std_0) = (mlp(policy, obs, sizes).chunk(2, dim=-1) for policy in (actor, reference))
+    log_std, log_std_0 = (x.clamp(LOG_STD_MIN, LOG_STD_MAX) for x in (log_std, log_std_0))
+    mean_part = ((mean - mean_0) / log_std_0.exp()) ** 2
+    log_ratio = log_std - log_std_0
+    return 0.5 * (mean_part + (2 * log_ratio).expm1() - 2 * log_ratio).sum(-1)
+
+
 def act(actor_layers: list, obs: np.ndarray, noise: np.ndarray | float) -> np.ndarray:
     """The same policy for ONE observation in NumPy, tens of microseconds instead of hundreds; noise 0 is its mode."""
     *hidden, (weight, bias) = actor_layers
@@ -283,22 +294,23 @@ def adam_(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, updates: Tensor, le
     param.sub_(learning_rate * m_hat / (v_hat.sqrt() + 1e-8))
 
 
-def make_sac_update(actor_sizes, critic_sizes, gamma, tau, auto_beta, target_entropy, cloned, kl_coefficient):
-    """The SAC update (Haarnoja et al. 2018) as one function of tensors, fit to be compiled into one graph; beside the
-    entropy bonus it has the other half of the KL penalty of (4), k log π⁰(a|s), π⁰ being the cloned policy."""
+def make_sac_update(actor_sizes, critic_sizes, gamma, tau, auto_beta, target_entropy, cloned=None):
+    """The SAC update (Haarnoja et al. 2018) as one function of tensors, fit to be compiled into one graph. Its penalty
+    is β KL(π ‖ π⁰) of (4) and (10): π⁰ is the cloned policy, or uniform, which leaves SAC's β log π."""
 
-    def log_prior(obs, action):
-        return kl_coefficient * log_likelihood(cloned, obs, action, actor_sizes) if kl_coefficient else 0.0
+    def divergence(actor, obs, log_prob):
+        return log_prob if cloned is None else kl_divergence(actor, cloned, obs, actor_sizes)
 
     def update(sac: SAC, learning_rate, obs, action, reward, next_obs, terminated, noise) -> Tensor:
-        """One step on a batch; noise (2, batch, act_dim). Returns (4,): Q loss, policy loss, entropy, mean Q."""
+        """One step on a batch; noise (2, batch, act_dim). Returns (5,): Q loss, policy loss, entropy, mean Q, KL."""
         sac.updates.add_(1)
         beta = sac.log_beta.exp()
 
         # Q networks: the soft Bellman backup goes on past a truncation and stops at a termination.
         next_action, next_log_prob = sample_action(sac.actor, next_obs, noise[0], actor_sizes)
         next_q = mlp(sac.targets, torch.cat([next_obs, next_action], -1), critic_sizes).squeeze(-1).amin(0)
-        backup = reward + gamma * (1 - terminated) * (next_q - beta * next_log_prob + log_prior(next_obs, next_action))
+        next_value = next_q - beta * divergence(sac.actor, next_obs, next_log_prob)
+        backup = reward + gamma * (1 - terminated) * next_value
 
         def critic_loss(critics):
             q = mlp(critics, torch.cat([obs, action], -1), critic_sizes).squeeze(-1)
@@ -307,19 +319,20 @@ def make_sac_update(actor_sizes, critic_sizes, gamma, tau, auto_beta, target_ent
         critic_grad, (q_loss, mean_q) = grad_and_value(critic_loss, has_aux=True)(sac.critics)
         adam_(sac.critics, critic_grad, sac.critics_m, sac.critics_v, sac.updates, learning_rate)
 
-        # Policy: maximise Q + beta * entropy.
+        # Policy: maximise Q - beta * KL.
         def actor_loss(actor):
             new_action, log_prob = sample_action(actor, obs, noise[1], actor_sizes)
             q = mlp(sac.critics, torch.cat([obs, new_action], -1), critic_sizes).squeeze(-1).amin(0)
-            return (beta * log_prob - log_prior(obs, new_action) - q).mean(), -log_prob.mean()
+            kl = divergence(actor, obs, log_prob)
+            return (beta * kl - q).mean(), (-log_prob.mean(), kl.mean())
 
-        actor_grad, (pi_loss, entropy) = grad_and_value(actor_loss, has_aux=True)(sac.actor)
+        actor_grad, (pi_loss, (entropy, kl)) = grad_and_value(actor_loss, has_aux=True)(sac.actor)
         adam_(sac.actor, actor_grad, sac.actor_m, sac.actor_v, sac.updates, learning_rate)
 
         if auto_beta:
             adam_(sac.log_beta, entropy - target_entropy, sac.log_beta_m, sac.log_beta_v, sac.updates, learning_rate)
         sac.targets.lerp_(sac.critics, tau)
-        return torch.stack([q_loss, pi_loss, entropy, mean_q])
+        return torch.stack([q_loss, pi_loss, entropy, mean_q, kl])
 
     return update
 
@@ -674,6 +687,8 @@ def check_args(args: MujocoArgs) -> None:
         assert args.entropy_coefficient == "auto" or 0 < float(args.entropy_coefficient) < math.inf
     except (AssertionError, ValueError):
         fail(f"--entropy-coefficient must be auto or a positive number, not {args.entropy_coefficient!r}")
+    if args.kl_coefficient and args.entropy_coefficient != "auto":
+        fail("--entropy-coefficient is for a uniform π⁰: give --kl-coefficient 0 with it, or leave it out")
 
 
 SCRIPT = "rlhf_baseline"
@@ -684,10 +699,11 @@ MAY_CHANGE = (  # from a run to its continuation
     "track wandb_project_name wandb_entity capture_video"
 ).split()
 MAY_BE_ZERO = ("seed", "bc_weight_decay", "gradient_penalty", "critic_warmup_steps", "kl_coefficient")
+LOSSES = ("losses/q", "losses/policy", "losses/entropy", "losses/q_mean", "losses/kl")
 METRICS = (
     "charts/iteration charts/sac_steps charts/env_steps charts/SPS charts/wall_seconds charts/episode_length "
     "bc/updates bc/log_likelihood bc/held_out_log_likelihood "
-    "losses/q losses/policy losses/entropy losses/q_mean losses/beta "
+    "losses/q losses/policy losses/entropy losses/q_mean losses/kl losses/beta "
     "reward/updates reward/held_out_accuracy reward/held_out_loss "
     "reward/demonstrations reward/policy reward/gap reward/max reward/preference_accuracy reward/preference_loss "
     "eval/return_mean eval/return_std eval/length_mean eval/reward_correlation"
@@ -731,8 +747,8 @@ def mujoco(args: MujocoArgs) -> None:
     )
 
     # ------------------------------------------------------------------------- what is learned: policy, Q and reward
-    auto_beta = args.entropy_coefficient == "auto"
-    beta = args.initial_entropy_coefficient if auto_beta else float(args.entropy_coefficient)
+    auto_beta = args.entropy_coefficient == "auto" and not args.kl_coefficient
+    beta = args.initial_entropy_coefficient if auto_beta else args.kl_coefficient or float(args.entropy_coefficient)
     sac = init_sac(actor_sizes, critic_sizes, beta, rng, device)
     theta = init_mlp(critic_sizes, rng).to(device).requires_grad_()
     cloned = sac.actor.clone()  # stage 1's result, when there is one
@@ -922,9 +938,8 @@ def mujoco(args: MujocoArgs) -> None:
         save_checkpoint()
 
     # ================================================= 3. RL: maximise L3(π; θ), (8b), with θ frozen, by SAC from π⁰
-    update = make_sac_update(
-        actor_sizes, critic_sizes, args.gamma, args.tau, auto_beta, -float(act_dim), cloned, args.kl_coefficient
-    )
+    reference = cloned if args.kl_coefficient else None
+    update = make_sac_update(actor_sizes, critic_sizes, args.gamma, args.tau, auto_beta, -float(act_dim), reference)
     if args.compile:
         update = compile_update(update, sac, obs_dim, act_dim, args.batch_size)
     step, r_demos = progress["sac_steps"], r(theta, data["high"]).mean().item()
@@ -964,7 +979,7 @@ def mujoco(args: MujocoArgs) -> None:
         r_policy = learned_reward(obs_now, actions_now)
         row = {
             "charts/episode_length": (step - first_step) / resets,
-            **dict(zip(("losses/q", "losses/policy", "losses/entropy", "losses/q_mean"), losses.tolist())),
+            **dict(zip(LOSSES if args.kl_coefficient else LOSSES[:-1], losses.tolist())),
             "losses/beta": sac.log_beta.exp().item(),
             "reward/demonstrations": r_demos,
             "reward/policy": r_policy.mean(),

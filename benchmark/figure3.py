@@ -27,6 +27,7 @@ ENVS = ("Hopper-v4", "HalfCheetah-v4", "Walker2d-v4")
 COLORS = {
     "aihf": "tab:orange",
     "rlhf": "tab:blue",
+    "rlhf-no-kl": "tab:cyan",
     "demonstrations-only": "tab:purple",
     "preferences-only": "tab:red",
     "bc": "tab:green",
@@ -109,11 +110,13 @@ def table(finals: list[dict], demonstrations: dict[str, float]) -> str:
         final, best, correlation, seconds = (
             finals_of(finals, *group, key) for key in ("final", "best", "reward_correlation", "wall_seconds")
         )
-        of_best = "" if method == "bc" else f"{best.mean():.0f} ± {best.std():.0f}"
+        of_best, of_correlation = f"{best.mean():.0f} ± {best.std():.0f}", f"{correlation.mean():.2f}"
+        if method == "bc":  # evaluated once, and has no reward
+            of_best = of_correlation = ""
         lines.append(
             f"| {env} | {method} | {variant} | {len(final)} | {final.mean():.0f} ± {final.std():.0f} | "
             f"{final.mean() / demonstrations[env]:.0%} | {of_best} | {iqm(final)} | "
-            f"{correlation.mean():.2f} | {seconds.mean() / 60:.0f} |"
+            f"{of_correlation} | {seconds.mean() / 60:.0f} |"
         )
     return "\n".join(lines)
 
@@ -190,11 +193,11 @@ if __name__ == "__main__":
     folder = ROOT / "data_gen/assets/mujoco"
     tiers = {env: json.loads((folder / env / "manifest.json").read_text())["tiers"] for env in ENVS}
     print(table(finals, {env: tiers[env]["high"]["return_mean"] for env in ENVS}))
-    for pair in (("aihf", "rlhf"), ("aihf", "bc")):
+    for pair in (("aihf", "rlhf"), ("aihf", "rlhf-no-kl"), ("aihf", "bc")):
         print(improvement(finals, *pair))
     envs = [env for env in ENVS if any(row["env"] == env for row in curves)]
     figures = ROOT / "benchmark/figures"
-    draw_curves(curves, tiers, envs, ("aihf", "rlhf", "bc"), figures / "figure3.png")
+    draw_curves(curves, tiers, envs, ("aihf", "rlhf", "rlhf-no-kl", "bc"), figures / "figure3.png")
     sources = ("aihf", "demonstrations-only", "preferences-only", "bc")
     draw_curves(curves, tiers, [env for env in envs if env != "Walker2d-v4"], sources, figures / "figure3_sources.png")
     draw_sweeps(finals, tiers, figures / "figure3_preferences.png")

@@ -3,7 +3,7 @@
 # Two single-threaded runs side by side (JOBS=2). Stopped or killed, the same command carries on.
 #     bash benchmark/figure3.sh [1|2|3|4]     one part only; then: python benchmark/figure3.py
 # 1: RLHF on three robots.  2: what each source of data gives.  3: fewer and worse preferences.
-# 4: RLHF without its KL penalty, with SAC's entropy bonus alone, as the paper's robots have it.
+# 4: RLHF as the paper's robots have it, without a KL penalty to the clone: SAC as in AIHF, with its entropy bonus.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,17 +18,17 @@ runs() { # lines: env, method, variant, seed
       3) for variant in share0.1 share0.3 flip0.1 flip0.3; do
            for method in aihf rlhf; do echo "Hopper-v4 $method $variant $seed"; done
          done ;;
-      4) for env in Hopper-v4 HalfCheetah-v4 Walker2d-v4; do echo "$env rlhf kl0 $seed"; done ;;
+      4) for env in Hopper-v4 HalfCheetah-v4 Walker2d-v4; do echo "$env rlhf-no-kl default $seed"; done ;;
     esac
   done
 }
 
 run() { # env method variant seed
   local name=figure3__$1__$2__$3__$4 script=aihf_sac_mujoco.py data=data_gen/assets/mujoco/$1 flags=()
-  [ "$2" = rlhf ] && script="rlhf_baseline.py mujoco"
+  case $2 in rlhf*) script="rlhf_baseline.py mujoco" ;; esac
+  [ "$2" = rlhf-no-kl ] && flags=(--kl-coefficient 0 --learning-rate 1e-3)
   [ "$2" = demonstrations-only ] && flags=(--preference-weight 0)
   [ "$2" = preferences-only ] && flags=(--demo-weight 0)
-  [ "$3" = kl0 ] && flags=(--kl-coefficient 0)
   case $3 in share* | flip*) data=runs/figure3_data/$1__$3 ;; esac
   if [ -e "runs/$name/checkpoint.pt" ]; then
     python $script --resume "runs/$name"

@@ -140,6 +140,28 @@ def test_log_likelihood_is_that_of_a_squashed_gaussian():
     torch.testing.assert_close(rlhf.log_likelihood(actor, obs, actions, SIZES), expected, rtol=1e-9, atol=1e-9)
 
 
+def test_kl_divergence():
+    """That of torch.distributions before tanh, and after it the mean of log π - log π⁰ over samples; 0 of a policy to
+    itself, even where float32 rounds all of its actions to ±1."""
+    rng = np.random.default_rng(0)
+    sizes, obs = (4, 8, 4), torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    actor, reference = rlhf.init_mlp(sizes, rng), rlhf.init_mlp(sizes, rng)
+    normals = []
+    for policy in (actor, reference):
+        mean, log_std = rlhf.mlp(policy, obs, sizes).chunk(2, -1)
+        normals.append(torch.distributions.Normal(mean, log_std.exp()))
+    kl = rlhf.kl_divergence(actor, reference, obs, sizes)
+    torch.testing.assert_close(kl, torch.distributions.kl_divergence(*normals).sum(-1))
+    many = obs.repeat(20_000, 1)
+    noise = torch.randn(len(many), 2, generator=torch.Generator().manual_seed(1))
+    actions, log_prob = rlhf.sample_action(actor, many, noise, sizes)
+    estimate = (log_prob - rlhf.log_likelihood(reference, many, actions, sizes)).reshape(-1, 16).mean(0)
+    torch.testing.assert_close(kl, estimate, atol=0.02, rtol=0.02)
+    rlhf.layers(actor, sizes)[-1][1][0, :2] = 40.0  # the means
+    assert (rlhf.sample_action(actor, obs, noise[:16], sizes)[0] == 1).all()
+    assert (rlhf.kl_divergence(actor, actor, obs, sizes) == 0).all()
+
+
 def test_log_likelihood_of_actions_at_the_bound_is_finite():
     actor, obs = policy()
     for dtype in (torch.float32, torch.float64):
@@ -247,7 +269,6 @@ def test_what_moves_in_which_stage(recorded):
     sacs = [rlhf.SAC(*state["sac"]) for state in states]
     moves = {
         "actor": [True, False, False, False, True, True],
-        "log_beta": [False, False, False, False, True, True],
         "critics": [False, False, True, True, True, True],
         "targets": [False, False, True, True, True, True],
         "actor_m": [False, False, True, True, True, True],
@@ -256,17 +277,24 @@ def test_what_moves_in_which_stage(recorded):
         assert [not torch.equal(getattr(a, name), getattr(b, name)) for a, b in zip(sacs, sacs[1:])] == expected, name
     for name, expected in (("theta", [False, True] + 4 * [False]), ("cloned", [True] + 5 * [False])):
         assert [not torch.equal(a[name], b[name]) for a, b in zip(states, states[1:])] == expected, name
-    assert sacs[0].log_beta.exp().item() == pytest.approx(0.05)
+    assert all(sac.log_beta.exp().item() == pytest.approx(rlhf.MujocoArgs.kl_coefficient) for sac in sacs)
     assert torch.equal(sacs[1].actor, states[1]["cloned"])
     assert [len(state["replay"]) for state in states] == [0, 0, 0, 50, 100, 150, 200]
     assert [sac.updates.item() for sac in sacs] == [0, 0, 0, 50, 100, 150, 200]
 
 
-def test_without_warm_up_the_policy_moves_at_once(tmp_path, data):
-    folder = run(tmp_path, data, critic_warmup_steps=0, total_timesteps=50, entropy_coefficient="0.2")
+@pytest.mark.parametrize("beta", ["0.2", "auto"])
+@pytest.mark.parametrize("warm_up", [0, 50])
+def test_without_a_penalty_to_the_clone(tmp_path, data, beta, warm_up):
+    """π⁰ is uniform: SAC with its entropy bonus, a fixed one or one that is tuned as soon as the policy moves."""
+    flags = {"kl_coefficient": 0, "entropy_coefficient": beta, "critic_warmup_steps": warm_up, "total_timesteps": 50}
+    folder = run(tmp_path, data, **flags)
     state = torch.load(folder / "checkpoint.pt")
-    assert not torch.equal(rlhf.SAC(*state["sac"]).actor, state["cloned"])
-    assert rlhf.SAC(*state["sac"]).log_beta.exp().item() == pytest.approx(0.2)
+    assert torch.equal(rlhf.SAC(*state["sac"]).actor, state["cloned"]) == (warm_up == 50)
+    begins = 0.05 if beta == "auto" else 0.2
+    stays = beta == "0.2" or warm_up == 50
+    assert (rlhf.SAC(*state["sac"]).log_beta.exp().item() == pytest.approx(begins)) == stays
+    assert {row["losses/kl"] for row in rows(folder)} == {""}
 
 
 def test_stage_3_sees_the_frozen_reward(tmp_path, data, monkeypatch):
@@ -280,9 +308,9 @@ def test_stage_3_sees_the_frozen_reward(tmp_path, data, monkeypatch):
     assert len(batches) == 101
 
 
-@pytest.mark.parametrize("k", [0.0, 0.5])
-def test_update_against_autograd_of_its_definition(k):
-    """With a learning rate of 0 nothing moves but Adam's m, a tenth of each gradient. k = 0 is the update of AIHF."""
+@pytest.mark.parametrize("to_clone", [True, False])
+def test_update_against_autograd_of_its_definition(to_clone):
+    """With a learning rate of 0 nothing moves but Adam's m, a tenth of each gradient. Uniform π⁰: AIHF's update."""
     rng = np.random.default_rng(0)
     actor_sizes, critic_sizes, beta, gamma = (4, 8, 4), (6, 8, 1), 0.3, 0.9
     sac, cloned = rlhf.init_sac(actor_sizes, critic_sizes, beta, rng, "cpu"), rlhf.init_mlp(actor_sizes, rng)
@@ -293,10 +321,10 @@ def test_update_against_autograd_of_its_definition(k):
     def q(critics, obs, action):
         return rlhf.mlp(critics, torch.cat([obs, action], -1), critic_sizes).squeeze(-1)
 
-    def soft(actor, obs, noise):  # E[Q + β entropy + k log π⁰] for one sample of the action
+    def soft(actor, obs, noise):  # E[Q] - β KL for one sample of the action
         action, log_prob = rlhf.sample_action(actor, obs, noise, actor_sizes)
-        prior = rlhf.log_likelihood(cloned, obs, action, actor_sizes)
-        return q(sac.critics, obs, action).amin(0) - beta * log_prob + k * prior
+        kl = rlhf.kl_divergence(actor, cloned, obs, actor_sizes) if to_clone else log_prob
+        return q(sac.critics, obs, action).amin(0) - beta * kl
 
     with torch.enable_grad():
         critics, actor = sac.critics.clone().requires_grad_(), sac.actor.clone().requires_grad_()
@@ -305,14 +333,15 @@ def test_update_against_autograd_of_its_definition(k):
         actor_loss = -soft(actor, obs, noise[1]).mean()
         (critics_grad,), (actor_grad,) = torch.autograd.grad(q_loss, critics), torch.autograd.grad(actor_loss, actor)
     other = rlhf.SAC(*(tensor.clone() for tensor in sac))
-    update = rlhf.make_sac_update(actor_sizes, critic_sizes, gamma, 0.005, True, -2.0, cloned, k)
+    reference = cloned if to_clone else None
+    update = rlhf.make_sac_update(actor_sizes, critic_sizes, gamma, 0.005, not to_clone, -2.0, reference)
     losses = update(sac, *batch)
     torch.testing.assert_close(losses[:2], torch.stack([q_loss, actor_loss]).detach())
     torch.testing.assert_close(sac.critics_m, 0.1 * critics_grad)
     torch.testing.assert_close(sac.actor_m, 0.1 * actor_grad)
-    if k == 0:
+    if not to_clone:
         assert torch.equal(
-            losses, aihf.make_sac_update(actor_sizes, critic_sizes, gamma, 0.005, True, -2.0)(other, *batch)
+            losses[:4], aihf.make_sac_update(actor_sizes, critic_sizes, gamma, 0.005, True, -2.0)(other, *batch)
         )
         assert all(torch.equal(a, b) for a, b in zip(sac, other))
 
@@ -486,6 +515,7 @@ def test_not_finite(tmp_path, data, monkeypatch, moment, step):
         ({"reward_range": (4, 0)}, "--reward-range"),
         ({"hidden": 0}, "--hidden"),
         ({"entropy_coefficient": "automatic"}, "--entropy-coefficient"),
+        ({"entropy_coefficient": "0.2"}, "--kl-coefficient 0"),
         ({"total_timesteps": 10**14}, "--total-timesteps"),
         ({"bc_updates": 0}, "--bc-updates"),
         ({"bc_learning_rate": "nan"}, "--bc-learning-rate"),
@@ -603,7 +633,7 @@ def test_shared_flags_have_the_same_defaults():
         f.name: f.default for f in fields(aihf.Args)
     }.items()
     names = {f.name for f in fields(rlhf.MujocoArgs)} & {f.name for f in fields(aihf.Args)}
-    assert {name for name, _ in both} == names and len(names) > 30
+    assert {name for name, _ in both} == names - {"learning_rate"} and len(names) > 30
 
 
 # -------------------------------------------------------------------------------------------- the data with fewer pairs
