@@ -95,8 +95,6 @@ class MujocoArgs:
     """demonstrated steps in each"""
     bc_learning_rate: float = 1e-3
     """Adam's, for cloning"""
-    bc_weight_decay: float = 0.0
-    """decoupled (AdamW's), for cloning"""
 
     # 2. The reward model
     reward_updates: int = 3_000
@@ -698,7 +696,7 @@ MAY_CHANGE = (  # from a run to its continuation
     "resume evaluate total_timesteps eval_episodes checkpoint_every compile cuda threads "
     "track wandb_project_name wandb_entity capture_video"
 ).split()
-MAY_BE_ZERO = ("seed", "bc_weight_decay", "gradient_penalty", "critic_warmup_steps", "kl_coefficient")
+MAY_BE_ZERO = ("seed", "gradient_penalty", "critic_warmup_steps", "kl_coefficient")
 LOSSES = ("losses/q", "losses/policy", "losses/entropy", "losses/q_mean", "losses/kl")
 METRICS = (
     "charts/iteration charts/sac_steps charts/env_steps charts/SPS charts/wall_seconds charts/episode_length "
@@ -861,7 +859,7 @@ def mujoco(args: MujocoArgs) -> None:
         of_step = np.repeat(np.arange(len(demos.lengths)), demos.lengths)  # which episode
         train, held_out = (torch.from_numpy(np.flatnonzero(np.isin(of_step, part))).to(device) for part in episodes)
         actor = sac.actor.clone().requires_grad_()
-        optimizer = torch.optim.AdamW([actor], lr=args.bc_learning_rate, weight_decay=args.bc_weight_decay)
+        optimizer = torch.optim.Adam([actor], lr=args.bc_learning_rate)
 
         def score(actor: Tensor, rows: Tensor) -> Tensor:
             return log_likelihood(actor, x[rows], actions[rows], actor_sizes).mean()
