@@ -152,14 +152,14 @@ def draw_curves(curves: list[dict], tiers: dict, envs: list[str], methods: tuple
             if method == "bc":
                 axis.axhline(mean[0], color=COLORS[method], label="cloning alone")
                 continue
-            seeds = len({row["seed"] for row in curves if (row["env"], row["method"]) == (env, method)})
             thousands = np.array(steps) / 1000
-            axis.plot(thousands, mean, color=COLORS[method], linewidth=2, label=f"{method}, {seeds} seeds")
+            axis.plot(thousands, mean, color=COLORS[method], linewidth=2, label=method)
             axis.fill_between(thousands, mean - std, mean + std, color=COLORS[method], alpha=0.2, linewidth=0)
         for tier, (name, style) in TIERS.items():
             axis.axhline(tiers[env][tier]["return_mean"], color="gray", linestyle=style, linewidth=1, label=name)
         axis.set(title=env, xlabel="SAC steps (thousands)", ylabel="true return")
-        axis.legend(frameon=False, fontsize=7)
+    lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
