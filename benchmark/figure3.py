@@ -1,4 +1,4 @@
-"""Figure 3: AIHF against RLHF, what each source of data gives, and fewer or worse preferences.
+"""Figure 3: AIHF against RLHF, what each source of data gives, and fewer or worse data.
 
     bash benchmark/main_job.sh && bash benchmark/figure3.sh    # the runs
     python benchmark/figure3.py                                # needs pip install -e '.[figures]'
@@ -53,7 +53,7 @@ def collect(runs: Path) -> tuple[list[dict], list[dict]]:
         if not rows or float(rows[-1]["charts/sac_steps"]) < total:
             continue
         by_method = {method: [row for row in rows if float(row["charts/sac_steps"]) > 0]}
-        if method == "rlhf" and variant == "default":
+        if method == "rlhf" and (variant == "default" or variant.startswith("demos")):  # its own clone
             by_method["bc"] = rows[:1]
         for which, rows in by_method.items():
             returns = [float(row["eval/return_mean"]) for row in rows]
@@ -165,14 +165,15 @@ def draw_curves(curves: list[dict], tiers: dict, envs: list[str], methods: tuple
 
 
 def draw_sweeps(finals: list[dict], tiers: dict, path: Path) -> None:
-    """Final return on Hopper-v4 against the share of the pairs and against the share of flipped labels."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharey=True)
+    """Final return on Hopper-v4 against the share of the pairs, of flipped labels, and the demonstrated episodes."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained", sharey=True)
     sweeps = {
         "share of the preference pairs": {0.1: "share0.1", 0.3: "share0.3", 1.0: "default"},
         "share of flipped labels": {0.0: "default", 0.1: "flip0.1", 0.3: "flip0.3"},
+        "demonstrated episodes": {2: "demos2", 4: "demos4", 10: "default"},
     }
     for axis, (label, sweep) in zip(axes, sweeps.items()):
-        for method in ("aihf", "rlhf"):
+        for method in ("aihf", "rlhf", "bc") if "episodes" in label else ("aihf", "rlhf"):
             found = {x: finals_of(finals, "Hopper-v4", method, variant) for x, variant in sweep.items()}
             found = {x: final for x, final in found.items() if len(final)}
             for x, final in found.items():
@@ -182,7 +183,7 @@ def draw_sweeps(finals: list[dict], tiers: dict, path: Path) -> None:
         level = tiers["Hopper-v4"]["high"]["return_mean"]
         axis.axhline(level, color="gray", linewidth=1, label="demonstrations")
         axis.set(xlabel=label, ylabel="final true return, Hopper-v4", xticks=list(sweep))
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[-1].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Figure 3 and what belongs to it; seeds 1 to 3, fixed before the runs. AIHF's own runs are those of main_job.sh.
 # Two single-threaded runs side by side (JOBS=2). Stopped or killed, the same command carries on.
-#     bash benchmark/figure3.sh [1|2|3|4]     one part only; then: python benchmark/figure3.py
+#     bash benchmark/figure3.sh [1|2|3|4|5]     one part only; then: python benchmark/figure3.py
 # 1: RLHF on three robots.  2: what each source of data gives.  3: fewer and worse preferences.
 # 4: RLHF as the paper's robots have it, without a KL penalty to the clone: SAC as in AIHF, with its entropy bonus.
+# 5: fewer demonstrations, 2 and 4 episodes instead of 10.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,6 +20,9 @@ runs() { # lines: env, method, variant, seed
            for method in aihf rlhf; do echo "Hopper-v4 $method $variant $seed"; done
          done ;;
       4) for env in Hopper-v4 HalfCheetah-v4 Walker2d-v4; do echo "$env rlhf-no-kl default $seed"; done ;;
+      5) for variant in demos2 demos4; do
+           for method in aihf rlhf; do echo "Hopper-v4 $method $variant $seed"; done
+         done ;;
     esac
   done
 }
@@ -29,7 +33,7 @@ run() { # env method variant seed
   [ "$2" = rlhf-no-kl ] && flags=(--kl-coefficient 0 --learning-rate 1e-3)
   [ "$2" = demonstrations-only ] && flags=(--preference-weight 0)
   [ "$2" = preferences-only ] && flags=(--demo-weight 0)
-  case $3 in share* | flip*) data=runs/figure3_data/$1__$3 ;; esac
+  case $3 in share* | flip* | demos*) data=runs/figure3_data/$1__$3 ;; esac
   if [ -e "runs/$name/checkpoint.pt" ]; then
     python $script --resume "runs/$name"
   else
@@ -39,10 +43,11 @@ run() { # env method variant seed
 export -f run
 
 mkdir -p runs/figure3_data
-for variant in share0.1 share0.3 flip0.1 flip0.3; do
+for variant in share0.1 share0.3 flip0.1 flip0.3 demos2 demos4; do
   folder=runs/figure3_data/Hopper-v4__$variant
-  flag=${variant%%0*} amount=0${variant#*0}
+  flag=${variant%%[0-9]*}
+  amount=${variant#"$flag"}
   [ -e "$folder" ] || python benchmark/figure3_data.py --env Hopper-v4 "--$flag" "$amount" --output-dir "$folder"
 done
-for part in ${1:-1 2 3 4}; do runs "$part"; done |
+for part in ${1:-1 2 3 4 5}; do runs "$part"; done |
   xargs -P "${JOBS:-2}" -L 1 bash -c 'run "$@" >>"runs/figure3__$1__$2__$3__$4.log" 2>&1' _

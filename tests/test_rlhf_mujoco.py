@@ -674,6 +674,22 @@ def test_fewer_pairs_and_flipped_labels(tmp_path, with_manifest):
     run(tmp_path, tmp_path / "some", total_timesteps=50)  # it is data as any other
 
 
+def test_fewer_demonstrations(tmp_path, with_manifest):
+    code, out, err = figure3_data(tmp_path, with_manifest, output_dir="two", demos=2)
+    assert code == 0, (out, err)
+    for name in ("low.npz", "medium.npz", "pairs.csv"):
+        assert (tmp_path / "two" / name).read_bytes() == (with_manifest / name).read_bytes()
+    env = rlhf.make_env(ENV)
+    whole, two = (rlhf.load_trajectories(folder / "high.npz", env, "") for folder in (with_manifest, tmp_path / "two"))
+    assert len(two.lengths) == 2 < len(whole.lengths)
+    for kept, every in zip(two, whole):
+        np.testing.assert_array_equal(kept, every[: len(kept)])
+    high = json.loads((tmp_path / "two" / "manifest.json").read_text())["tiers"]["high"]
+    with np.load(tmp_path / "two" / "high.npz") as file:
+        assert high["episodes"] == 2 and high["steps"] == len(file["rewards"]) == two.lengths.sum()
+        assert high["return_mean"] == pytest.approx(file["rewards"].sum() / 2)
+
+
 def test_variants_are_nested():
     sys.path.insert(0, str(ROOT / "benchmark"))
     import figure3_data
@@ -691,6 +707,8 @@ def test_variants_are_nested():
         ({"share": 0}, "--share"),
         ({"flip": 1.5}, "--flip"),
         ({"share": 0.001}, "--share"),
+        ({"demos": 0}, "--demos"),
+        ({"demos": 99}, "not 99"),
         ({"data_dir": "nowhere"}, "nowhere"),
         ({"output_dir": "source"}, "--output-dir"),
     ],
