@@ -182,7 +182,8 @@ def draw_sweeps(finals: list[dict], tiers: dict, path: Path) -> None:
             axis.plot(list(found), mean, color=COLORS[method], linewidth=2, label=method)
         level = tiers["Hopper-v4"]["high"]["return_mean"]
         axis.axhline(level, color="gray", linewidth=1, label="demonstrations")
-        axis.set(xlabel=label, ylabel="final true return, Hopper-v4", xticks=list(sweep))
+        axis.set(xlabel=label, xticks=list(sweep))
+    axes[0].set_ylabel("final true return, Hopper-v4")
     axes[-1].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
