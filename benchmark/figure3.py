@@ -203,4 +203,4 @@ if __name__ == "__main__":
     draw_curves(curves, tiers, envs, ("aihf", "rlhf", "rlhf-no-kl", "bc"), figures / "figure3.png")
     sources = ("aihf", "demonstrations-only", "preferences-only", "bc")
     draw_curves(curves, tiers, [env for env in envs if env != "Walker2d-v4"], sources, figures / "figure3_sources.png")
-    draw_sweeps(finals, tiers, figures / "figure3_preferences.png")
+    draw_sweeps(finals, tiers, figures / "figure3_less_data.png")
