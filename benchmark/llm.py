@@ -28,8 +28,8 @@ COLUMNS = (
 SCORE_COLUMNS = ("method", "seed", "learned_score", "gt_score", "response")
 FIGURES = {  # which sizes of data, (demonstrations, preferences), belong to which of the paper's figures
     "6": [(1000, 1000)],
-    "7": [(1000, 100), (1000, 1000), (3000, 1000), (3000, 3000)],
-    "9": [(3000, 1000), (3000, 3000)],
+    "7": [(1000, 100), (1000, 1000), (1000, 3000), (3000, 3000)],
+    "9": [(3000, 1000), (3000, 2000), (3000, 3000)],
     "10": [(1000, 1000), (1000, 2000), (1000, 3000)],
 }
 METHODS = {"6": ("aihf-ppo", "rlhf", "aihf-dpo", "dpo", "sft"), "7": ("aihf-ppo", "rlhf"), "9": ("aihf-ppo", "rlhf")}
@@ -150,10 +150,9 @@ def draw_all(rows: list[dict], scores: list[dict], folder: Path) -> None:
         axis.legend(frameon=False, fontsize=8)
     figure.savefig(folder / "figure6.png", dpi=130)
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), sharey=True, **kwargs)
-    sweeps = [("preferences, 1,000 demonstrations", 1, FIGURES["7"][:2])]
-    sweeps.append(("demonstrations, 1,000 preferences", 0, FIGURES["7"][1:3]))
-    sweeps.append(("preferences, 3,000 demonstrations", 1, FIGURES["7"][2:]))
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, **kwargs)
+    sweeps = [("preferences, 1,000 demonstrations", 1, FIGURES["7"][:3])]
+    sweeps.append(("demonstrations, 3,000 preferences", 0, FIGURES["7"][2:]))
     for axis, (label, which, sizes) in zip(axes[0], sweeps):
         for method in METHODS["7"]:
             finals = {
@@ -183,7 +182,7 @@ def draw_all(rows: list[dict], scores: list[dict], folder: Path) -> None:
     axes[0, 2].set(ylabel="learned score, centred")
     figure.savefig(folder / "figure8.png", dpi=130)
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, **kwargs)
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), sharey=True, **kwargs)
     for axis, size in zip(axes[0], FIGURES["9"]):
         for method in METHODS["9"]:
             for seed, run in runs_of(rows, "9", method, size).items():

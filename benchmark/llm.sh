@@ -11,8 +11,10 @@ runs() { # lines: method, demonstrations, preferences, seed
   for seed in 1 2 3; do
     case $1 in
       6) for method in rlhf aihf-ppo dpo aihf-dpo; do echo "$method 1000 1000 $seed"; done ;;
-      7) for method in rlhf aihf-ppo; do echo "$method 1000 100 $seed"; done ;; # beside those of 6 and 9
-      9) for size in "3000 1000" "3000 3000"; do
+      7) for size in "1000 100" "1000 3000"; do # beside those of 6 and 9
+           echo "rlhf $size $seed"; echo "aihf-ppo $size $seed"
+         done ;;
+      9) for size in "3000 1000" "3000 2000" "3000 3000"; do
            echo "rlhf $size $seed"; echo "aihf-ppo $size $seed"
          done ;;
       10) echo "rlhf 1000 1000 $seed" # for its SFT
@@ -28,7 +30,8 @@ run() { # method demonstrations preferences seed
   [[ $1 = *dpo ]] && sft=runs/llm__rlhf__$2__1000__$4/sft # the same: SFT does not read the preferences
   [ "$1" = rlhf ] || flags=(--opponent-path "$sft")
   [ "$1$3" = rlhf100 ] && flags=(--reward-epochs 20) # as many updates as with 1,000; what does best is kept
-  [ "$1$3" = aihf-ppo3000 ] && flags+=(--reward-updates-per-iteration 9) # as many passes as with 1,000
+  [ "$1$3" = aihf-ppo2000 ] && flags+=(--reward-updates-per-iteration 6) # as many passes as with 1,000
+  [ "$1$3" = aihf-ppo3000 ] && flags+=(--reward-updates-per-iteration 9)
   [ "$2" = 3000 ] && flags+=(--eval-every 3) # Figure 9 wants many points
   [ "$1" = dpo ] && flags+=(--sft-model-path "$sft" --demo-weight 0)
   case $1 in
