@@ -381,7 +381,8 @@ def test_two_processes_are_one(tmp_path, world, with_self_play):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     argv = command(world, tmp_path / "runs", self_play_weight=0.5, self_play_every=3)
     done = subprocess.run([*torchrun, *argv], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout, done.stderr)
+    print(done.stdout, done.stderr)  # pytest shows this whole when the next line fails, and cuts a long message short
+    assert done.returncode == 0
     assert_close(rows(tmp_path / "runs" / "run"), rows(with_self_play))
 
 

@@ -440,7 +440,8 @@ def test_two_processes_are_one(tmp_path, world, plain):
     done = subprocess.run(
         [*torchrun, *command(world, tmp_path / "runs")], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 0, (done.stdout, done.stderr)
+    print(done.stdout, done.stderr)  # pytest shows this whole when the next line fails, and cuts a long message short
+    assert done.returncode == 0
     assert_close(rows(tmp_path / "runs" / "run"), rows(plain))
 
 
