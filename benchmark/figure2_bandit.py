@@ -1,17 +1,21 @@
-"""Section 4 of the AIHF paper (arXiv 2406.06874), executable: the estimators, the worked examples and Figure 2.
+"""Section 4 of the AIHF paper (arXiv 2406.06874), executable: the estimators, the worked examples
+and Figure 2.
 
     python benchmark/figure2_bandit.py      # seconds on one core
 
-prints the mass that each method puts on the actions without a demonstration and its total-variation distance to the
-truth, and writes results/figure2_bandit.csv and figures/figure2_bandit.png, beside this file.
+prints the mass that each method puts on the actions without a demonstration and its total-variation
+distance to the truth, and writes results/figure2_bandit.csv and figures/figure2_bandit.png, beside
+this file.
 
-One state, N actions, one reward r_i for each, and a human who behaves as π ∝ exp(r / β), (15). The data are counts:
+One state, N actions, one reward r_i for each, and a human who behaves as π ∝ exp(r / β), (15). The
+data are counts:
 
     demos (..., N)      demos[i] = how often action i was demonstrated
     wins  (..., N, N)   wins[i, j] = #{j ≺ i} = how often i was preferred to j
 
-and every estimator returns a policy (..., N); leading dimensions are repeats. Policies do not depend on β: it only sets
-the unit of r, since u = r / β = log π up to a constant, and p(i ≻ j) = π_i / (π_i + π_j) = σ(u_i - u_j).
+and every estimator returns a policy (..., N); leading dimensions are repeats. Policies do not
+depend on β: it only sets the unit of r, since u = r / β = log π up to a constant, and p(i ≻ j) =
+π_i / (π_i + π_j) = σ(u_i - u_j).
 """
 
 import csv
@@ -24,7 +28,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 # Numerical example 2
-ACTIONS, COVERED, DEMONSTRATIONS, REPEATS = 50, 45, 2_000, 100  # demonstrations show the first COVERED actions only
+# demonstrations show the first COVERED actions only
+ACTIONS, COVERED, DEMONSTRATIONS, REPEATS = 50, 45, 2_000, 100
 PREFERENCES = (2, 20, 200)  # for every pair of actions; the paper has 200
 
 
@@ -33,8 +38,11 @@ def softmax(u: np.ndarray) -> np.ndarray:
     return exp / exp.sum(-1, keepdims=True)
 
 
-def gradient_and_hessian(u: np.ndarray, demos: np.ndarray, wins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of |D| ℓ_D + |P| ℓ_P = Σ_i demos_i log π_i + Σ_ij wins_ij log σ(u_i - u_j), in u: (..., N), (..., N, N)."""
+def gradient_and_hessian(
+    u: np.ndarray, demos: np.ndarray, wins: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of |D| ℓ_D + |P| ℓ_P = Σ_i demos_i log π_i + Σ_ij wins_ij log σ(u_i - u_j), in u: (..., N),
+    (..., N, N)."""
     pi, size, pairs = softmax(u), demos.sum(-1, keepdims=True), wins + wins.swapaxes(-1, -2)
     p = 1 / (1 + np.exp(u[..., None, :] - u[..., :, None]))  # p[i, j] = π_i / (π_i + π_j)
     gradient = demos - size * pi + (wins - pairs * p).sum(-1)  # β |D| (16) + β |P| (19)
@@ -44,19 +52,23 @@ def gradient_and_hessian(u: np.ndarray, demos: np.ndarray, wins: np.ndarray) -> 
 
 
 def maximum_likelihood(demos: np.ndarray, wins: np.ndarray) -> np.ndarray:
-    """The u that maximises |D| ℓ_D + |P| ℓ_P, which is concave, by Newton's method to a gradient below 1e-8: (..., N).
+    """The u that maximises |D| ℓ_D + |P| ℓ_P, which is concave, by Newton's method to a gradient
+    below 1e-8: (..., N).
 
-    Steps are damped by log(1 + d) / d, d = max step - min step: third derivatives are at most d times the second, for
-    which that makes Newton's method converge from anywhere (Sun and Tran-Dinh 2019), undamped in the end.
+    Steps are damped by log(1 + d) / d, d = max step - min step: third derivatives are at most d
+    times the second, for which that makes Newton's method converge from anywhere (Sun and Tran-Dinh
+    2019), undamped in the end.
     """
     u = np.zeros(demos.shape)
     for _ in range(100):
         gradient, hessian = gradient_and_hessian(u, demos, wins)
-        if np.ptp(u, axis=-1).max() > 20:  # odds of 5e8, more than data can show: u is on its way to infinity
+        # odds of 5e8, more than data can show: u is on its way to infinity
+        if np.ptp(u, axis=-1).max() > 20:
             raise ValueError("no finite maximum: some action always wins or always loses")
         if np.abs(gradient).max() < 1e-8:
             return u
-        fixed = hessian - np.abs(hessian).max((-2, -1), keepdims=True)  # adding a constant to u changes nothing
+        # adding a constant to u changes nothing
+        fixed = hessian - np.abs(hessian).max((-2, -1), keepdims=True)
         step = -np.linalg.solve(fixed, gradient[..., None])[..., 0]
         d = np.ptp(step, axis=-1)[..., None] + 1e-300
         u = u + step * np.log1p(d) / d
@@ -64,7 +76,8 @@ def maximum_likelihood(demos: np.ndarray, wins: np.ndarray) -> np.ndarray:
 
 
 def sft(demos: np.ndarray) -> np.ndarray:
-    """(21): the frequencies of the demonstrations, where (16) is 0; r = -∞ for what was never shown."""
+    """(21): the frequencies of the demonstrations, where (16) is 0; r = -∞ for what was never
+    shown."""
     return demos / demos.sum(-1, keepdims=True)
 
 
@@ -74,18 +87,23 @@ def preferences_only(wins: np.ndarray) -> np.ndarray:
 
 
 def rlhf(demos: np.ndarray, wins: np.ndarray) -> np.ndarray:
-    """(22): the softmax of the SUM of both rewards. max E[r_P] - β KL(π ‖ π_SFT) gives π ∝ π_SFT exp(r_P / β)."""
+    """(22): the softmax of the SUM of both rewards. max E[r_P] - β KL(π ‖ π_SFT) gives π ∝ π_SFT
+    exp(r_P / β)."""
     product = sft(demos) * preferences_only(wins)
     return product / product.sum(-1, keepdims=True)
 
 
 def aihf(demos: np.ndarray, wins: np.ndarray) -> np.ndarray:
-    """(23): the policy of ONE reward fitted to both, every observation counting once. It satisfies (24)."""
+    """(23): the policy of ONE reward fitted to both, every observation counting once. It satisfies
+    (24)."""
     return softmax(maximum_likelihood(demos, wins))
 
 
-def sample_preferences(pi: np.ndarray, per_pair: int, repeats: int, rng: np.random.Generator) -> np.ndarray:
-    """wins (repeats, N, N) with per_pair comparisons of every two actions, i ≻ j with p = π_i / (π_i + π_j)."""
+def sample_preferences(
+    pi: np.ndarray, per_pair: int, repeats: int, rng: np.random.Generator
+) -> np.ndarray:
+    """wins (repeats, N, N) with per_pair comparisons of every two actions, i ≻ j with p = π_i /
+    (π_i + π_j)."""
     p = pi[:, None] / (pi[:, None] + pi)
     upper = np.triu(rng.binomial(per_pair, p, (repeats, *p.shape)), 1)
     return upper + np.tril(per_pair - upper.swapaxes(-1, -2), -1)
@@ -119,23 +137,47 @@ def total_variation(pi: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 def draw(truth: np.ndarray, policies: dict, path: Path) -> None:
     """policies is {covered: example_2's}."""
-    colors = {"SFT": "tab:gray", "preferences only": "tab:green", "RLHF": "tab:blue", "AIHF": "tab:orange"}
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), width_ratios=(1.8, 1, 1), layout="constrained")
+    colors = {
+        "SFT": "tab:gray",
+        "preferences only": "tab:green",
+        "RLHF": "tab:blue",
+        "AIHF": "tab:orange",
+    }
+    figure, axes = plt.subplots(
+        1, 3, figsize=(13, 3.8), width_ratios=(1.8, 1, 1), layout="constrained"
+    )
     actions, counts, left = np.arange(1, ACTIONS + 1), list(policies[COVERED]), axes[0]
     for method in ("SFT", "RLHF", "AIHF"):
         pi = policies[COVERED][counts[-1]][method]
         mean, std = pi.mean(0), pi.std(0)
-        left.plot(actions, mean, color=colors[method], label=method, linestyle="--" if method == "RLHF" else "-")
-        left.fill_between(actions, mean - std, mean + std, color=colors[method], alpha=0.2, linewidth=0)
+        left.plot(
+            actions,
+            mean,
+            color=colors[method],
+            label=method,
+            linestyle="--" if method == "RLHF" else "-",
+        )
+        left.fill_between(
+            actions, mean - std, mean + std, color=colors[method], alpha=0.2, linewidth=0
+        )
     left.plot(actions, truth, color="black", linestyle="--", linewidth=1, label="truth")
     left.axvline(COVERED + 0.5, color="tab:red", linestyle=":")
     left.set(xlabel=f"action (demonstrated: 1 to {COVERED})", ylabel="probability", ylim=(0, None))
-    left.set_title(f"Figure 2: {counts[-1]} preferences a pair, {len(pi)} repeats, mean ± std", fontsize=10)
+    left.set_title(
+        f"Figure 2: {counts[-1]} preferences a pair, {len(pi)} repeats, mean ± std", fontsize=10
+    )
     left.legend(frameon=False, loc="lower left")
     for axis, (covered, by_count) in zip(axes[1:], policies.items()):
         for method, color in colors.items():
             distance = [total_variation(by_count[count][method], truth) for count in counts]
-            axis.errorbar(counts, np.mean(distance, 1), np.std(distance, 1), color=color, label=method, capsize=2)
+            axis.errorbar(
+                counts,
+                np.mean(distance, 1),
+                np.std(distance, 1),
+                color=color,
+                label=method,
+                capsize=2,
+            )
         axis.set(xscale="log", yscale="log", ylim=(0.006, 0.2), xlabel="preferences a pair")
         axis.set_xticks(counts, counts)
         axis.set_yticks((0.01, 0.03, 0.1), (0.01, 0.03, 0.1))
@@ -149,20 +191,22 @@ def draw(truth: np.ndarray, policies: dict, path: Path) -> None:
 if __name__ == "__main__":
     here = Path(__file__).resolve().parent
     policies, rows = {}, []
-    print("demonstrated  preferences a pair  method            mass on 46..50   distance to the truth")
-    for covered in (COVERED, ACTIONS):  # the paper's, and for comparison demonstrations of everything
+    head = ("demonstrated", "preferences a pair", f"{'method':16}", f"{'mass on 46..50':15}")
+    print(*head, "distance to the truth", sep="  ")
+    # the paper's, and for comparison demonstrations of everything
+    for covered in (COVERED, ACTIONS):
         truth, policies[covered] = example_2(PREFERENCES, REPEATS, covered)
         for per_pair, methods in policies[covered].items():
             for method, pi in methods.items():
                 mass, distance = uncovered_mass(pi), total_variation(pi, truth)
-                numbers = f"{mass.mean():.4f} ± {mass.std():.4f}  {distance.mean():.4f} ± {distance.std():.4f}"
+                numbers = "  ".join(f"{x.mean():.4f} ± {x.std():.4f}" for x in (mass, distance))
                 print(f"1..{covered:<9}  {per_pair:<18}  {method:<16}  {numbers}")
                 for repeat in range(REPEATS):
-                    row = (covered, per_pair, method, repeat, f"{mass[repeat]:.6g}", f"{distance[repeat]:.6g}")
-                    rows.append(row)
+                    numbers = (f"{x[repeat]:.6g}" for x in (mass, distance))
+                    rows.append((covered, per_pair, method, repeat, *numbers))
     print(f"{'':32}  truth             {uncovered_mass(truth):.4f}")
     with open(here / "results/figure2_bandit.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        columns = ("covered", "preferences_per_pair", "method", "repeat", "uncovered_mass", "total_variation")
-        writer.writerows((columns, *rows))
+        columns = "covered preferences_per_pair method repeat uncovered_mass total_variation"
+        writer.writerows((columns.split(), *rows))
     draw(truth, policies, here / "figures/figure2_bandit.png")

@@ -3,12 +3,11 @@
     bash benchmark/main_job.sh && bash benchmark/figure3.sh    # the runs
     python benchmark/figure3.py                                # needs pip install -e '.[figures]'
 
-adds what it finds in runs/ to results/figure3.csv (a row an evaluation) and results/figure3_runs.csv (a row a run, of
-every variant), draws figures/figure3*.png from these and prints the README's tables. Runs that are no longer in runs/
-keep their rows.
+adds what it finds in runs/ to results/figure3.csv (a row an evaluation) and
+results/figure3_runs.csv (a row a run, of every variant), draws figures/figure3*.png from these and
+prints the tables of benchmark/README.md. Runs that are no longer in runs/ keep their rows.
 """
 
-import csv
 import json
 from pathlib import Path
 
@@ -18,12 +17,10 @@ from rliable import library, metrics
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from main_job import ENVS, METRICS, ROOT, TIERS, by_steps, evaluations, merge, tiers
 
-ROOT = Path(__file__).resolve().parent.parent
-CURVES, RUNS = ROOT / "benchmark/results/figure3.csv", ROOT / "benchmark/results/figure3_runs.csv"
-COLUMNS = ("env", "method", "seed", "sac_steps", "env_steps", "return_mean", "return_std", "wall_seconds")
-RUN_COLUMNS = ("env", "method", "variant", "seed", "sac_steps", "final", "best", "reward_correlation", "wall_seconds")
-ENVS = ("Hopper-v4", "HalfCheetah-v4", "Walker2d-v4")
+CURVES = ROOT / "benchmark/results/figure3.csv"
+RUNS = ROOT / "benchmark/results/figure3_runs.csv"
 COLORS = {
     "aihf": "tab:orange",
     "rlhf": "tab:blue",
@@ -32,64 +29,52 @@ COLORS = {
     "preferences-only": "tab:red",
     "bc": "tab:green",
 }
-TIERS = {"high": ("demonstrations", "-"), "medium": ("preferred", "--"), "low": ("non-preferred", ":")}
 
 
 def collect(runs: Path) -> tuple[list[dict], list[dict]]:
-    """Rows of figure3.csv and of figure3_runs.csv for the finished runs in this folder. RLHF's evaluation at 0 steps
-    is of the cloned policy alone, bc."""
+    """Rows of figure3.csv and of figure3_runs.csv for the finished runs in this folder. RLHF's
+    evaluation at 0 steps is of the cloned policy alone, bc."""
     curves, finals = [], []
-    for folder in sorted(path for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []:
-        kind, *name = folder.name.split("__")
-        if kind == "main_job":
-            env, method, variant, seed = name[0], "aihf", "default", name[1]
-        elif kind == "figure3":
-            env, method, variant, seed = name
-        else:
+    for path in sorted(runs.glob("*__*/metrics.csv")):
+        kind, *name = path.parent.name.split("__")
+        if kind not in ("main_job", "figure3"):
             continue
-        with open(folder / "metrics.csv", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["eval/return_mean"]]
-        total = json.loads((folder / "args.json").read_text())["total_timesteps"]
-        if not rows or float(rows[-1]["charts/sac_steps"]) < total:
+        env, method, variant, seed = (
+            name if len(name) == 4 else (name[0], "aihf", "default", name[1])
+        )
+        rows, args = evaluations(path.parent), json.loads((path.parent / "args.json").read_text())
+        if not rows or float(rows[-1]["charts/sac_steps"]) < args["total_timesteps"]:
             continue
         by_method = {method: [row for row in rows if float(row["charts/sac_steps"]) > 0]}
-        if method == "rlhf" and (variant == "default" or variant.startswith("demos")):  # its own clone
+        if method == "rlhf" and variant.startswith(("default", "demos")):  # its own clone
             by_method["bc"] = rows[:1]
         for which, rows in by_method.items():
-            returns = [float(row["eval/return_mean"]) for row in rows]
-            last = rows[-1]
-            values = (env, which, variant, seed, last["charts/sac_steps"], last["eval/return_mean"], f"{max(returns)}")
-            values += (last["eval/reward_correlation"], last["charts/wall_seconds"])
-            finals.append(dict(zip(RUN_COLUMNS, values)))
+            run, last = {"env": env, "method": which, "seed": seed}, rows[-1]
+            best = max(float(row["eval/return_mean"]) for row in rows)
+            final = {"sac_steps": last["charts/sac_steps"], "final": last["eval/return_mean"]}
+            final |= {
+                "best": f"{best}",
+                "reward_correlation": last.get("eval/reward_correlation", ""),
+            }
+            final["wall_seconds"] = last["charts/wall_seconds"]
+            order = {"env": env, "method": which, "variant": variant, "seed": seed}
+            finals.append(order | final)
             if variant == "default":
-                keys = ("charts/sac_steps", "charts/env_steps", "eval/return_mean", "eval/return_std")
-                for row in rows:
-                    values = (env, which, seed, *(row[key] for key in keys), row["charts/wall_seconds"])
-                    curves.append(dict(zip(COLUMNS, values)))
+                table = [{name: row[metric] for name, metric in METRICS.items()} for row in rows]
+                curves += [run | row for row in table]
     return curves, finals
 
 
-def merge(path: Path, new: list[dict], keys: tuple[str, ...]) -> list[dict]:
-    """Write the file's rows, those of the same run replaced by the new ones, back to it; returns them."""
-    have = {tuple(row[key] for key in keys) for row in new}
-    rows = list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
-    rows = [row for row in rows if tuple(row[key] for key in keys) not in have] + new
-    rows.sort(key=lambda row: (*(row[key] for key in keys), float(row["sac_steps"])))
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return rows
-
-
-def finals_of(finals: list[dict], env: str, method: str, variant: str = "default", key: str = "final") -> np.ndarray:
+def finals_of(finals, env: str, method: str, variant="default", key="final") -> np.ndarray:
     """That column of the runs, in the order of their seeds."""
-    rows = [row for row in finals if (row["env"], row["method"], row["variant"]) == (env, method, variant)]
-    return np.array([float(row[key] or "nan") for row in sorted(rows, key=lambda row: int(row["seed"]))])
+    name = (env, method, variant)
+    rows = [row for row in finals if (row["env"], row["method"], row["variant"]) == name]
+    return np.array([float(r[key] or "nan") for r in sorted(rows, key=lambda r: int(r["seed"]))])
 
 
 def iqm(scores: np.ndarray) -> str:
-    """Interquartile mean of runs (seeds,) with its 95 % interval from 10,000 bootstraps (Agarwal et al. 2021)."""
+    """Interquartile mean of runs (seeds,) with its 95 % interval from 10,000 bootstraps (Agarwal et
+    al. 2021)."""
     estimate = library.get_interval_estimates(
         {"x": scores[:, None]},
         lambda x: np.array([metrics.aggregate_iqm(x)]),
@@ -100,72 +85,81 @@ def iqm(scores: np.ndarray) -> str:
     return f"{estimate[0]['x'][0]:.0f} [{low:.0f}, {high:.0f}]"
 
 
-def table(finals: list[dict], demonstrations: dict[str, float]) -> str:
-    lines = ["| environment | method | data | runs | final | final / demo | best | IQM of final | correlation | min |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
-    order = {env: n for n, env in enumerate(ENVS)}, {method: n for n, method in enumerate(COLORS)}
-    groups = {(row["env"], row["method"], row["variant"]) for row in finals}
-    for group in sorted(groups, key=lambda g: (order[0][g[0]], g[2] != "default", g[2], order[1][g[1]])):
-        env, method, variant = group
+def table(finals: list[dict]) -> str:
+    lines = ["| environment | method | data | runs | final | final / demo | best | IQM of final |"]
+    lines = [f"{lines[0]} correlation | min |", "|---" * 10 + "|"]
+    variants = sorted(
+        {row["variant"] for row in finals}, key=lambda name: (name != "default", name)
+    )
+    groups = [(env, method, name) for env in ENVS for name in variants for method in COLORS]
+    for group in groups:
         final, best, correlation, seconds = (
-            finals_of(finals, *group, key) for key in ("final", "best", "reward_correlation", "wall_seconds")
+            finals_of(finals, *group, key)
+            for key in ("final", "best", "reward_correlation", "wall_seconds")
         )
-        of_best, of_correlation = f"{best.mean():.0f} ± {best.std():.0f}", f"{correlation.mean():.2f}"
-        if method == "bc":  # evaluated once, and has no reward
-            of_best = of_correlation = ""
-        lines.append(
-            f"| {env} | {method} | {variant} | {len(final)} | {final.mean():.0f} ± {final.std():.0f} | "
-            f"{final.mean() / demonstrations[env]:.0%} | {of_best} | {iqm(final)} | "
-            f"{of_correlation} | {seconds.mean() / 60:.0f} |"
-        )
+        if not len(final):
+            continue
+        share = final.mean() / tiers(group[0])["high"]["return_mean"]
+        cells = [*group, len(final), f"{final.mean():.0f} ± {final.std():.0f}", f"{share:.0%}"]
+        cells += [f"{best.mean():.0f} ± {best.std():.0f}", iqm(final), f"{correlation.mean():.2f}"]
+        if group[1] == "bc":  # evaluated once, and has no reward
+            cells[-3] = cells[-1] = ""
+        lines.append(f"| {' | '.join(map(str, cells))} | {seconds.mean() / 60:.0f} |")
     return "\n".join(lines)
 
 
 def improvement(finals: list[dict], x: str, y: str) -> str:
-    """Probability that a run of x ends above one of y on a robot chosen at random (Agarwal et al. 2021)."""
-    envs = [env for env in ENVS if len(finals_of(finals, env, x)) and len(finals_of(finals, env, y))]
-    runs = min((len(finals_of(finals, env, method)) for env in envs for method in (x, y)), default=0)
-    if not runs:
-        return f"{x} and {y}: no environment has both"
-    scores = [np.stack([finals_of(finals, env, method)[:runs] for env in envs], 1) for method in (x, y)]
+    """Probability that a run of x ends above one of y on a robot chosen at random (Agarwal et al.
+    2021)."""
+    table = {name: [finals_of(finals, env, name) for env in ENVS] for name in (x, y)}
+    runs = min(len(final) for finals_of_method in table.values() for final in finals_of_method)
+    scores = [np.stack([final[:runs] for final in table[name]], 1) for name in (x, y)]
     estimate, interval = library.get_interval_estimates(
-        {"x,y": scores}, metrics.probability_of_improvement, reps=2_000, random_state=np.random.RandomState(0)
+        {"x,y": scores},
+        metrics.probability_of_improvement,
+        reps=2_000,
+        random_state=np.random.RandomState(0),
     )
     low, high = interval["x,y"].ravel()
-    return f"P({x} > {y}) = {estimate['x,y']:.2f} [{low:.2f}, {high:.2f}] over {len(envs)} robots, {runs} seeds each"
+    words = f"P({x} > {y}) = {estimate['x,y']:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{words} over {len(ENVS)} robots, {runs} seeds each"
 
 
-def draw_curves(curves: list[dict], tiers: dict, envs: list[str], methods: tuple[str, ...], path: Path) -> None:
-    """Mean over seeds against SAC steps, the seeds' standard deviation shaded; bc and the data's tiers as lines."""
-    figure, axes = plt.subplots(1, len(envs), figsize=(1 + 4 * len(envs), 3.8), layout="constrained", squeeze=False)
+def draw_curves(curves: list[dict], envs: list[str], methods: tuple[str, ...], path: Path) -> None:
+    """Mean over seeds against SAC steps, the seeds' standard deviation shaded; bc and the data's
+    tiers as lines."""
+    size = (1 + 4 * len(envs), 3.8)
+    figure, axes = plt.subplots(1, len(envs), figsize=size, layout="constrained", squeeze=False)
     for axis, env in zip(axes[0], envs):
         for method in methods:
-            points: dict[int, list[float]] = {}
+            points: dict[float, list[float]] = {}
             for row in curves:
                 if (row["env"], row["method"]) == (env, method):
-                    points.setdefault(int(float(row["sac_steps"])), []).append(float(row["return_mean"]))
+                    points.setdefault(by_steps(row), []).append(float(row["return_mean"]))
             if not points:
                 continue
-            steps = sorted(points)
-            mean = np.array([np.mean(points[step]) for step in steps])
-            std = np.array([np.std(points[step]) for step in steps])
+            steps = np.array(sorted(points))
+            mean, std = (np.array([f(points[step]) for step in steps]) for f in (np.mean, np.std))
+            style = {"color": COLORS[method]}
             if method == "bc":
-                axis.axhline(mean[0], color=COLORS[method], label="cloning alone")
+                axis.axhline(mean[0], label="cloning alone", **style)
                 continue
-            thousands = np.array(steps) / 1000
-            axis.plot(thousands, mean, color=COLORS[method], linewidth=2, label=method)
-            axis.fill_between(thousands, mean - std, mean + std, color=COLORS[method], alpha=0.2, linewidth=0)
-        for tier, (name, style) in TIERS.items():
-            axis.axhline(tiers[env][tier]["return_mean"], color="gray", linestyle=style, linewidth=1, label=name)
+            axis.plot(steps / 1000, mean, linewidth=2, label=method, **style)
+            axis.fill_between(steps / 1000, mean - std, mean + std, alpha=0.2, linewidth=0, **style)
+        for tier, (name, line) in TIERS.items():
+            level = tiers(env)[tier]["return_mean"]
+            axis.axhline(level, color="gray", linestyle=line, linewidth=1, label=name)
         axis.set(title=env, xlabel="SAC steps (thousands)", ylabel="true return")
     lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), frameon=False, fontsize=8)
+    style = {"loc": "outside lower center", "ncols": len(lines), "frameon": False, "fontsize": 8}
+    figure.legend(lines.values(), lines.keys(), **style)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def draw_sweeps(finals: list[dict], tiers: dict, path: Path) -> None:
-    """Final return on Hopper-v4 against the share of the pairs, of flipped labels, and the demonstrated episodes."""
+def draw_sweeps(finals: list[dict], path: Path) -> None:
+    """Final return on Hopper-v4 against the share of the pairs, of flipped labels, and the
+    demonstrated episodes."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained", sharey=True)
     sweeps = {
         "share of the preference pairs": {0.1: "share0.1", 0.3: "share0.3", 1.0: "default"},
@@ -174,13 +168,17 @@ def draw_sweeps(finals: list[dict], tiers: dict, path: Path) -> None:
     }
     for axis, (label, sweep) in zip(axes, sweeps.items()):
         for method in ("aihf", "rlhf", "bc") if "episodes" in label else ("aihf", "rlhf"):
-            found = {x: finals_of(finals, "Hopper-v4", method, variant) for x, variant in sweep.items()}
+            found = {
+                x: finals_of(finals, "Hopper-v4", method, variant) for x, variant in sweep.items()
+            }
             found = {x: final for x, final in found.items() if len(final)}
             for x, final in found.items():
-                axis.plot([x] * len(final), final, "o", color=COLORS[method], alpha=0.4, markersize=4)
+                axis.plot(
+                    [x] * len(final), final, "o", color=COLORS[method], alpha=0.4, markersize=4
+                )
             mean = [final.mean() for final in found.values()]
             axis.plot(list(found), mean, color=COLORS[method], linewidth=2, label=method)
-        level = tiers["Hopper-v4"]["high"]["return_mean"]
+        level = tiers("Hopper-v4")["high"]["return_mean"]
         axis.axhline(level, color="gray", linewidth=1, label="demonstrations")
         axis.set(xlabel=label, xticks=list(sweep))
     axes[0].set_ylabel("final true return, Hopper-v4")
@@ -191,16 +189,15 @@ def draw_sweeps(finals: list[dict], tiers: dict, path: Path) -> None:
 
 if __name__ == "__main__":
     new_curves, new_finals = collect(ROOT / "runs")
-    curves = merge(CURVES, new_curves, ("env", "method", "seed"))
-    finals = merge(RUNS, new_finals, ("env", "method", "variant", "seed"))
-    folder = ROOT / "data_gen/assets/mujoco"
-    tiers = {env: json.loads((folder / env / "manifest.json").read_text())["tiers"] for env in ENVS}
-    print(table(finals, {env: tiers[env]["high"]["return_mean"] for env in ENVS}))
-    for pair in (("aihf", "rlhf"), ("aihf", "rlhf-no-kl"), ("aihf", "bc")):
-        print(improvement(finals, *pair))
-    envs = [env for env in ENVS if any(row["env"] == env for row in curves)]
-    figures = ROOT / "benchmark/figures"
-    draw_curves(curves, tiers, envs, ("aihf", "rlhf", "rlhf-no-kl", "bc"), figures / "figure3.png")
-    sources = ("aihf", "demonstrations-only", "preferences-only", "bc")
-    draw_curves(curves, tiers, [env for env in envs if env != "Walker2d-v4"], sources, figures / "figure3_sources.png")
-    draw_sweeps(finals, tiers, figures / "figure3_less_data.png")
+    curves = merge(CURVES, new_curves, ("env", "method", "seed"), by_steps)
+    finals = merge(RUNS, new_finals, ("env", "method", "variant", "seed"), by_steps)
+    print(table(finals))
+    for other in ("rlhf", "rlhf-no-kl", "bc"):
+        print(improvement(finals, "aihf", other))
+    figures, sources = (
+        ROOT / "benchmark/figures",
+        ("aihf", "demonstrations-only", "preferences-only"),
+    )
+    draw_curves(curves, ENVS, ("aihf", "rlhf", "rlhf-no-kl", "bc"), figures / "figure3.png")
+    draw_curves(curves, ENVS[:2], (*sources, "bc"), figures / "figure3_sources.png")
+    draw_sweeps(finals, figures / "figure3_less_data.png")

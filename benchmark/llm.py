@@ -1,16 +1,18 @@
 """Figures 6 to 10 on the embedded language models: AIHF against RLHF, AIHF-DPO against DPO.
 
     bash benchmark/llm.sh        # the runs
-    python benchmark/llm.py      # needs pip install -e '.[figures]'
+    python benchmark/llm.py      # needs pip install -e '.[plot]'
 
-adds what it finds in runs/ to results/llm.csv (a row an evaluation; runs that belong to several figures stand there
-once for each) and results/llm_scores.csv (a row a held-out response of the last evaluation, for Figure 8), draws
-figures/figure6.png to figure10.png from these and prints the README's tables. Runs that are no longer in runs/ keep
-their rows. kl is to the base model, whatever a run's own reference is; win_rate is over SFT on as many demonstrations.
+adds what it finds in runs/ to results/llm.csv (a row an evaluation; runs that belong to several
+figures stand there once for each) and results/llm_scores.csv (a row a held-out response of the last
+evaluation, for Figure 8), draws figures/figure6.png to figure10.png from these and prints the
+tables of benchmark/README.md. Runs that are no longer in runs/ keep their rows. kl is to the base
+model, whatever a run's own reference is; win_rate, of a run's last evaluation, is over SFT on as
+many demonstrations, prompt by prompt (ties count half).
 """
 
-import csv
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -18,201 +20,217 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from main_job import ROOT, evaluations, merge
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from data_gen import read
+
 ROWS, SCORES = ROOT / "benchmark/results/llm.csv", ROOT / "benchmark/results/llm_scores.csv"
 KEYS = ("figure", "method", "demonstrations", "preferences", "seed")
-COLUMNS = (
-    "figure method seed demonstrations preferences policy_steps episodes seconds gt_score kl win_rate correlation"
-).split()
-SCORE_COLUMNS = ("method", "seed", "learned_score", "gt_score", "response")
-FIGURES = {  # which sizes of data, (demonstrations, preferences), belong to which of the paper's figures
+METRICS = {  # a column of results/llm.csv: that of metrics.csv
+    "policy_steps": "charts/step",
+    "episodes": "charts/episodes",
+    "seconds": "charts/wall_seconds",
+    "gt_score": "eval/gt_score",
+    "kl": "eval/kl_base",
+    "win_rate": None,
+    "correlation": "eval/reward_correlation",
+}
+FIGURES = {  # which sizes of data, (demonstrations, preferences), belong to which of the paper's
     "6": [(1000, 1000)],
     "7": [(1000, 100), (1000, 1000), (1000, 3000), (3000, 3000)],
     "9": [(3000, 1000), (3000, 2000), (3000, 3000)],
     "10": [(1000, 1000), (1000, 2000), (1000, 3000)],
 }
-METHODS = {"6": ("aihf-ppo", "rlhf", "aihf-dpo", "dpo", "sft"), "7": ("aihf-ppo", "rlhf"), "9": ("aihf-ppo", "rlhf")}
-METHODS["10"] = ("aihf-dpo", "dpo")
-COLORS = dict(zip(METHODS["6"], ("tab:orange", "tab:blue", "tab:red", "tab:cyan", "tab:green")))
+METHODS = {
+    "6": ("aihf-ppo", "rlhf", "aihf-dpo", "dpo", "sft"),
+    "7": ("aihf-ppo", "rlhf"),
+    "9": ("aihf-ppo", "rlhf"),
+    "10": ("aihf-dpo", "dpo"),
+}
+COLORS = {"aihf-ppo": "tab:orange", "rlhf": "tab:blue", "sft": "tab:green"}
+COLORS |= {"aihf-dpo": "tab:red", "dpo": "tab:cyan"}
 
 
-def evaluations(folder: Path, method: str) -> list[dict]:
-    """The run's evaluations as rows of llm.csv, without the figure; nothing if it has not finished."""
-    args = json.loads((folder / "args.json").read_text())
-    with open(folder / "metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["eval/gt_score"]]
-    if not rows or float(rows[-1]["charts/step"]) < args.get("ppo_steps", args.get("dpo_steps")):
-        return []
-    names = ("charts/step", "charts/episodes", "charts/wall_seconds", "eval/gt_score", "eval/kl_base", "eval/win_rate")
-    table = []
-    for row in rows:
-        values = (method, args["seed"], args["num_demonstrations"], args["num_preferences"])
-        values += (*(row.get(name, "0") for name in names), row["eval/reward_correlation"])
-        table.append(dict(zip(COLUMNS[1:], map(str, values))))
-    return table
+def samples(path: Path) -> list[dict]:
+    """Rows {prompt, response, gt_score ...} of a samples.jsonl, one a held-out prompt."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def win_rate(run: list[dict], sft: list[dict]) -> float:
+    """Share of the prompts where the run's response has the higher ground-truth score."""
+    if [row["prompt"] for row in run] != [row["prompt"] for row in sft]:
+        raise ValueError("the run and its SFT were not evaluated on the same prompts")
+    gaps = np.array([a["gt_score"] - b["gt_score"] for a, b in zip(run, sft)])
+    return float(((gaps > 0) + 0.5 * (gaps == 0)).mean())
 
 
 def collect(runs: Path) -> tuple[list[dict], list[dict]]:
-    """Rows of llm.csv and of llm_scores.csv for the finished runs in this folder. RLHF's evaluation at 0 steps is of
-    SFT alone."""
+    """Rows of llm.csv and of llm_scores.csv for the finished runs in this folder. RLHF's evaluation
+    at 0 steps is of SFT alone."""
     rows, scores = [], []
-    for folder in sorted(runs.glob("llm__*__*__*__*")):
-        if not (folder / "args.json").is_file():  # its log
+    for path in sorted(runs.glob("llm__*__*__*__*/metrics.csv")):
+        folder, table = path.parent, evaluations(path.parent, "eval/gt_score")
+        _, method, demonstrations, preferences, seed = folder.name.split("__")
+        args = json.loads((folder / "args.json").read_text())
+        last_step = args.get("ppo_steps", args.get("dpo_steps"))
+        if not table or float(table[-1]["charts/step"]) < last_step:
             continue
-        method = folder.name.split("__")[1]
-        table = evaluations(folder, method)
-        sft = [{**row, "method": "sft"} for row in table[:1] if method == "rlhf"]
-        for row in table + sft:
-            size = int(row["demonstrations"]), int(row["preferences"])
-            rows += [{"figure": f, **row} for f in FIGURES if size in FIGURES[f] and row["method"] in METHODS[f]]
-        if table and size == (1000, 1000):
-            for line in (folder / "samples.jsonl").read_text().splitlines():
-                sample = {"method": method, "seed": table[0]["seed"], "learned_score": "", **json.loads(line)}
-                sample["response"] = " ".join(sample["response"].split())
-                sample |= {n: f"{x:.5g}" for n, x in sample.items() if isinstance(x, float)}
-                scores.append({name: sample[name] for name in SCORE_COLUMNS})
+        run = {"method": method, "seed": seed}
+        run |= {"demonstrations": demonstrations, "preferences": preferences}
+        table = [
+            run | {key: row.get(name, "0") if name else "" for key, name in METRICS.items()}
+            for row in table
+        ]
+        # SFT does not read the preferences: those that DPO starts from are of the run with 1,000
+        of_sft = "1000" if method.endswith("dpo") else preferences
+        sft = samples(runs / f"llm__rlhf__{demonstrations}__{of_sft}__{seed}/samples_sft.jsonl")
+        own = samples(folder / "samples.jsonl")
+        table[-1]["win_rate"] = str(win_rate(own, sft))
+        if method == "rlhf":
+            table.append(table[0] | {"method": "sft", "win_rate": "0.5"})
+        size = int(demonstrations), int(preferences)
+        for row in table:
+            of = [f for f in FIGURES if size in FIGURES[f] and row["method"] in METHODS[f]]
+            rows += [{"figure": figure, **row} for figure in of]
+        for sample in own if size == (1000, 1000) else ():
+            score = {"method": method, "seed": seed}
+            for name in ("learned_score", "gt_score"):
+                score[name] = f"{sample[name]:.5g}" if name in sample else ""
+            scores.append(score | {"response": " ".join(sample["response"].split())})
     return rows, scores
 
 
-def merge(path: Path, new: list[dict], keys: tuple[str, ...]) -> list[dict]:
-    """Write the file's rows, those of the same run replaced by the new ones, back to it; returns them."""
-    have = {tuple(row[key] for key in keys) for row in new}
-    rows = list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
-    rows = [row for row in rows if tuple(row[key] for key in keys) not in have] + new
-    rows.sort(key=lambda row: tuple(row[key] for key in keys))  # stable: evaluations stay in their order
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return rows
-
-
-def runs_of(rows: list[dict], figure: str, method: str, size: tuple[int, int]) -> dict[str, dict[str, np.ndarray]]:
-    """For each seed, its columns over the evaluations."""
-    found: dict[str, list[dict]] = {}
+def runs_of(rows: list[dict], figure: str, method: str, size: tuple[int, int]) -> dict[str, dict]:
+    """For each seed, its columns over the evaluations: {seed: {column: array}}."""
+    name, found = (figure, method, *map(str, size)), {}
     for row in rows:
-        if (row["figure"], row["method"], row["demonstrations"], row["preferences"]) == (
-            figure,
-            method,
-            *map(str, size),
-        ):
+        if tuple(row[key] for key in KEYS[:4]) == name:
             found.setdefault(row["seed"], []).append(row)
-    numbers = COLUMNS[5:]
-    return {s: {n: np.array([float(row[n] or "nan") for row in its]) for n in numbers} for s, its in found.items()}
+    return {
+        seed: {key: np.array([float(row[key] or "nan") for row in its]) for key in METRICS}
+        for seed, its in found.items()
+    }
 
 
 def plus_minus(values: list[float], digits: int = 2) -> str:
     return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
 
 
-def table(rows: list[dict], figure: str, sizes: list[tuple[int, int]], methods: tuple[str, ...]) -> str:
+def table(rows: list[dict], figure: str) -> str:
     """Final and best ground-truth score, KL, win rate and time, mean ± std over seeds."""
-    lines = [
-        "| demonstrations | preferences | method | seeds | ground truth, final | best | KL | win rate over SFT | min |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
-    for size in sizes:
-        for method in methods:
+    lines = ["| demonstrations | preferences | method | seeds | ground truth, final | best | KL |"]
+    lines = [f"{lines[0]} win rate over SFT | min |", "|---" * 9 + "|"]
+    for size in FIGURES[figure]:
+        for method in METHODS[figure]:
             if runs := runs_of(rows, figure, method, size).values():
-                last = {name: [run[name][-1] for run in runs] for name in COLUMNS[5:]}
-                best = [run["gt_score"].max() for run in runs]
+                last = {key: [run[key][-1] for run in runs] for key in METRICS}
                 wins = f"{np.mean(last['win_rate']):.0%} ± {np.std(last['win_rate']):.0%}"
-                lines.append(
-                    f"| {size[0]} | {size[1]} | {method} | {len(best)} | {plus_minus(last['gt_score'])} | "
-                    f"{plus_minus(best)} | {plus_minus(last['kl'], 1)} | {wins} | {np.mean(last['seconds']) / 60:.1f} |"
-                )
+                cells = [*size, method, len(runs), plus_minus(last["gt_score"])]
+                cells += [plus_minus([run["gt_score"].max() for run in runs])]
+                cells += [plus_minus(last["kl"], 1), wins, f"{np.mean(last['seconds']) / 60:.1f}"]
+                lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
-def draw(axis, runs: dict, x: str, y: str, label: str, **style) -> None:
-    """Mean of the runs' y against the mean of their x, evaluation by evaluation; y's deviation over seeds is shaded."""
-    if not runs:
-        return
-    xs, ys = (np.array([run[name] for run in runs.values()]) for name in (x, y))
-    axis.plot(xs.mean(0), ys.mean(0), label=f"{label}, {len(ys)} seeds", linewidth=2, **style)
-    axis.fill_between(xs.mean(0), ys.mean(0) - ys.std(0), ys.mean(0) + ys.std(0), alpha=0.15, linewidth=0, **style)
+def draw_curves(axis, rows: list[dict], figure: str, method: str, size, x: str) -> None:
+    """Mean of the runs' ground truth against the mean of their x, evaluation by evaluation; the
+    seeds' standard deviation is shaded."""
+    runs, style = runs_of(rows, figure, method, size).values(), {"color": COLORS[method]}
+    if runs:
+        x = np.mean([run[x] for run in runs], axis=0)
+        mean, std = (f([run["gt_score"] for run in runs], axis=0) for f in (np.mean, np.std))
+        axis.plot(x, mean, label=f"{method}, {len(runs)} seeds", linewidth=2, **style)
+        axis.fill_between(x, mean - std, mean + std, alpha=0.15, linewidth=0, **style)
+
+
+def draw_sweep(axis, rows: list[dict], sizes: list[tuple[int, int]], which: int) -> None:
+    """Final ground truth against the demonstrations (which = 0) or preferences (1)."""
+    for method in METHODS["7"]:
+        finals = {
+            size[which]: [run["gt_score"][-1] for run in runs_of(rows, "7", method, size).values()]
+            for size in sizes
+        }
+        for x, y in finals.items():
+            axis.plot([x] * len(y), y, "o", color=COLORS[method], alpha=0.4, markersize=4)
+        mean = [np.mean(y) for y in finals.values()]
+        axis.plot(list(finals), mean, color=COLORS[method], label=method)
+
+
+def draw_scores(axes, scores: list[dict]) -> None:
+    """Histograms of true and of learned scores, and one against the other."""
+    for method in METHODS["9"]:
+        rows, style = [row for row in scores if row["method"] == method], {"color": COLORS[method]}
+        table = np.array([[float(row[n]) for n in ("gt_score", "learned_score")] for row in rows])
+        seeds = np.array([row["seed"] for row in rows])
+        for seed in np.unique(seeds):  # R is free up to a constant and, for a policy, a scale
+            table[seeds == seed, 1] -= table[seeds == seed, 1].mean()
+        style |= {"label": method}
+        for axis, values in zip(axes, table.T):
+            axis.hist(values, 40, histtype="step", density=True, linewidth=2, **style)
+        axes[2].scatter(*table.T, s=4, alpha=0.4, **style)
 
 
 def draw_all(rows: list[dict], scores: list[dict], folder: Path) -> None:
-    kwargs = {"layout": "constrained", "squeeze": False}
+    def panels(count: int, sharey: bool = False):
+        size = (4 + 3.2 * count, 3.8)
+        return plt.subplots(1, count, figsize=size, sharey=sharey, layout="constrained")
 
-    figure, axes = plt.subplots(1, 4, figsize=(17, 3.8), **kwargs)
-    panels = [(("aihf-ppo", "rlhf"), x, label) for x, label in (
-        ("policy_steps", "PPO steps"), ("episodes", "responses sampled by PPO"), ("seconds", "seconds, all stages"),
-    )] + [(("aihf-dpo", "dpo"), "policy_steps", "DPO steps")]  # fmt: skip
-    for axis, (methods, x, label) in zip(axes[0], panels):
-        for method in methods:
-            draw(axis, runs_of(rows, "6", method, (1000, 1000)), x, "gt_score", method, color=COLORS[method])
-        for run in list(runs_of(rows, "6", "sft", (1000, 1000)).values())[:1]:
-            axis.axhline(run["gt_score"][0], color="tab:green", linewidth=1, label="SFT, seed 1")
-        axis.set(xlabel=label, ylabel="ground-truth score")
-        axis.legend(frameon=False, fontsize=8)
-    figure.savefig(folder / "figure6.png", dpi=130)
+    def finish(figure, name: str, x: list[str], y: list[str], titles=("", "", "", "")) -> None:
+        for axis, xlabel, ylabel, title in zip(figure.axes, x, y, titles):
+            axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+            axis.legend(frameon=False, fontsize=8)
+        figure.savefig(folder / name, dpi=130)
+        plt.close(figure)
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, **kwargs)
-    sweeps = [("preferences, 1,000 demonstrations", 1, FIGURES["7"][:3])]
-    sweeps.append(("demonstrations, 3,000 preferences", 0, FIGURES["7"][2:]))
-    for axis, (label, which, sizes) in zip(axes[0], sweeps):
-        for method in METHODS["7"]:
-            finals = {
-                size[which]: [r["gt_score"][-1] for r in runs_of(rows, "7", method, size).values()] for size in sizes
-            }
-            finals = {x: y for x, y in finals.items() if y}
-            for x, y in finals.items():
-                axis.plot([x] * len(y), y, "o", color=COLORS[method], alpha=0.4, markersize=4)
-            axis.plot(list(finals), [np.mean(y) for y in finals.values()], color=COLORS[method], label=method)
-        axis.set(xlabel=label, ylabel="final ground-truth score")
-        axis.legend(frameon=False, fontsize=8)
-    figure.savefig(folder / "figure7.png", dpi=130)
+    truth, of_size = "ground-truth score", "{:,} demonstrations, {:,} preferences".format
+    figure, axes = panels(4)
+    labels = ["PPO steps", "responses sampled by PPO", "seconds, all stages", "DPO steps"]
+    sft = runs_of(rows, "6", "sft", (1000, 1000))["1"]["gt_score"][0]
+    for axis, x in zip(axes, ("policy_steps", "episodes", "seconds", "policy_steps")):
+        for method in ("aihf-dpo", "dpo") if axis is axes[3] else ("aihf-ppo", "rlhf"):
+            draw_curves(axis, rows, "6", method, (1000, 1000), x)
+        axis.axhline(sft, color="tab:green", linewidth=1, label="SFT, seed 1")
+    finish(figure, "figure6.png", labels, [truth] * 4)
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), **kwargs)
-    for method in ("aihf-ppo", "rlhf"):
-        of_method = [row for row in scores if row["method"] == method]
-        learned, truth = (np.array([float(row[n]) for row in of_method]) for n in ("learned_score", "gt_score"))
-        seeds = np.array([row["seed"] for row in of_method])
-        for seed in np.unique(seeds):  # R is free up to a constant and, for a policy, a scale
-            learned[seeds == seed] -= learned[seeds == seed].mean()
-        for axis, values in zip(axes[0], (truth, learned)):
-            axis.hist(values, 40, histtype="step", density=True, color=COLORS[method], label=method, linewidth=2)
-        axes[0, 2].scatter(truth, learned, s=4, alpha=0.4, color=COLORS[method], label=method)
-    for axis, label in zip(axes[0], ("ground-truth score", "learned score, centred", "ground-truth score")):
-        axis.set(xlabel=label, ylabel="density")
-        axis.legend(frameon=False, fontsize=8)
-    axes[0, 2].set(ylabel="learned score, centred")
-    figure.savefig(folder / "figure8.png", dpi=130)
+    figure, axes = panels(2, sharey=True)
+    draw_sweep(axes[0], rows, FIGURES["7"][:3], 1)
+    draw_sweep(axes[1], rows, FIGURES["7"][2:], 0)
+    labels = ["preferences, 1,000 demonstrations", "demonstrations, 3,000 preferences"]
+    finish(figure, "figure7.png", labels, [f"final {truth}"] * 2)
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), sharey=True, **kwargs)
-    for axis, size in zip(axes[0], FIGURES["9"]):
+    figure, axes = panels(3)
+    draw_scores(axes, scores)
+    labels = [truth, "learned score, centred", truth]
+    finish(figure, "figure8.png", labels, ["density", "density", "learned score, centred"])
+
+    figure, axes = panels(3, sharey=True)
+    for axis, size in zip(axes, FIGURES["9"]):
         for method in METHODS["9"]:
             for seed, run in runs_of(rows, "9", method, size).items():
-                style = {"color": COLORS[method], "alpha": 0.7, "markersize": 3}
-                axis.plot(run["kl"], run["gt_score"], "o-", label=method if seed == "1" else None, **style)
-        title = f"{size[0]:,} demonstrations, {size[1]:,} preferences"
-        axis.set(xlabel="KL to the base model, nats", ylabel="ground-truth score", title=title)
-        axis.legend(frameon=False, fontsize=8)
-    figure.savefig(folder / "figure9.png", dpi=130)
+                style = {"color": COLORS[method], "label": method if seed == "1" else None}
+                axis.plot(run["kl"], run["gt_score"], "o-", alpha=0.7, markersize=3, **style)
+    titles = [of_size(*size) for size in FIGURES["9"]]
+    finish(figure, "figure9.png", ["KL to the base model, nats"] * 3, [truth] * 3, titles)
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), sharey=True, **kwargs)
-    for axis, size in zip(axes[0], FIGURES["10"]):
+    figure, axes = panels(3, sharey=True)
+    for axis, size in zip(axes, FIGURES["10"]):
         for method in METHODS["10"]:
-            draw(axis, runs_of(rows, "10", method, size), "policy_steps", "gt_score", method, color=COLORS[method])
-        title = f"{size[0]:,} demonstrations, {size[1]:,} preferences"
-        axis.set(xlabel="DPO steps", ylabel="ground-truth score", title=title)
-        axis.legend(frameon=False, fontsize=8)
-    figure.savefig(folder / "figure10.png", dpi=130)
-    plt.close("all")
+            draw_curves(axis, rows, "10", method, size, "policy_steps")
+    titles = [of_size(*size) for size in FIGURES["10"]]
+    finish(figure, "figure10.png", ["DPO steps"] * 3, [truth] * 3, titles)
 
 
 def distinct(texts: list[str]) -> float:
-    """Share of different ones among the pairs of words that follow each other, over all texts (Li et al. 2016)."""
+    """Share of different ones among the pairs of words that follow each other, over all texts (Li
+    et al. 2016)."""
     pairs = [pair for text in texts for pair in zip(text.lower().split(), text.lower().split()[1:])]
     return len(set(pairs)) / len(pairs)
 
 
 def at_equal_kl(rows: list[dict], figure: str, size: tuple[int, int]) -> str:
-    """Ground truth of each seed's AIHF at its end, and of RLHF where it passed the same KL to the base model on its way
-    up, between two evaluations."""
+    """Ground truth of each seed's AIHF at its end, and of RLHF where it passed the same KL to the
+    base model on its way up, between two evaluations."""
     words = []
     aihf, rlhf = (runs_of(rows, figure, method, size) for method in ("aihf-ppo", "rlhf"))
     for seed in sorted(set(aihf) & set(rlhf)):
@@ -225,32 +243,28 @@ def at_equal_kl(rows: list[dict], figure: str, size: tuple[int, int]) -> str:
 
 if __name__ == "__main__":
     new_rows, new_scores = collect(ROOT / "runs")
-    rows = merge(ROWS, new_rows, KEYS)
+    rows = merge(ROWS, new_rows, KEYS)  # stable: evaluations stay in their order
     scores = merge(SCORES, new_scores, ("method", "seed"))
-    print(table(rows, "6", FIGURES["6"], METHODS["6"]))
-    print(table(rows, "7", FIGURES["7"], METHODS["7"]))
-    print(table(rows, "9", FIGURES["9"], METHODS["9"]))
-    print(table(rows, "10", FIGURES["10"], METHODS["10"]))
-    for figure, sizes in (("6", FIGURES["6"]), ("9", FIGURES["9"])):
-        for size in sizes:
-            methods = ("aihf-ppo", "rlhf")
-            wins = [runs_of(rows, figure, method, size) for method in methods]
-            seeds = sorted(set(wins[0]) & set(wins[1]))
-            above = sum(wins[0][seed]["gt_score"][-1] > wins[1][seed]["gt_score"][-1] for seed in seeds)
-            print(f"{size[0]} + {size[1]}: AIHF ends above RLHF in {above} of {len(seeds)} seeds")
+    for figure in FIGURES:
+        print(table(rows, figure))
+    for figure in ("6", "9"):
+        for size in FIGURES[figure]:
+            aihf, rlhf = (runs_of(rows, figure, method, size) for method in METHODS["9"])
+            above = sum(run["gt_score"][-1] > rlhf[n]["gt_score"][-1] for n, run in aihf.items())
+            print(f"{size[0]} + {size[1]}: AIHF ends above RLHF in {above} of {len(aihf)} seeds")
             print(at_equal_kl(rows, figure, size))
-    demonstrations = (ROOT / "data_gen/assets/imdb/demonstrations.jsonl").read_text().splitlines()
-    texts = {"demonstrations": [[json.loads(line)["completion"] for line in demonstrations[:256]]]}
+    demonstrations = read.rows(
+        f"{ROOT}/data_gen/assets/imdb/demonstrations.jsonl", ("completion",), 256
+    )
+    texts = {"demonstrations": [[completion for (completion,) in demonstrations]]}
     for method in METHODS["6"][:4]:
-        of_seed: dict[str, list[str]] = {}
-        for row in scores:
-            if row["method"] == method:
-                of_seed.setdefault(row["seed"], []).append(row["response"])
-        texts[method] = list(of_seed.values())
+        of = [(row["seed"], row["response"]) for row in scores if row["method"] == method]
+        texts[method] = [[text for n, text in of if n == seed] for seed in sorted(dict(of))]
     for name, groups in texts.items():
-        print(f"different word pairs among those of 256 responses, {name}: {plus_minus([distinct(g) for g in groups])}")
-    for method in ("aihf-ppo", "rlhf"):
+        share = plus_minus([distinct(group) for group in groups])
+        print(f"different word pairs among those of 256 responses, {name}: {share}")
+    for method in METHODS["9"]:
         runs = runs_of(rows, "6", method, (1000, 1000)).values()
-        print(f"rank correlation of learned and true score, {method}: start and end", end=" ")
-        print(plus_minus([run["correlation"][0] for run in runs]), plus_minus([run["correlation"][-1] for run in runs]))
+        start, end = (plus_minus([run["correlation"][k] for run in runs]) for k in (0, -1))
+        print(f"rank correlation of learned and true score, {method}: start {start}, end {end}")
     draw_all(rows, scores, ROOT / "benchmark/figures")

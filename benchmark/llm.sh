@@ -3,6 +3,7 @@
 # Two single-threaded runs side by side (JOBS=2). Stopped or killed, the same command carries on.
 #     bash benchmark/llm.sh [6|7|9|10]     one figure only (8 is drawn from 6's runs); then: python benchmark/llm.py
 # RLHF comes first: SFT, its first stage, is what DPO starts from and what every win rate is over.
+# benchmark/llm.py reads the latter from samples.jsonl and the RLHF run's samples_sft.jsonl.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -26,9 +27,7 @@ runs() { # lines: method, demonstrations, preferences, seed
 }
 
 run() { # method demonstrations preferences seed
-  local name=llm__$1__$2__$3__$4 sft=runs/llm__rlhf__$2__$3__$4/sft script flags=()
-  [[ $1 = *dpo ]] && sft=runs/llm__rlhf__$2__1000__$4/sft # the same: SFT does not read the preferences
-  [ "$1" = rlhf ] || flags=(--opponent-path "$sft")
+  local name=llm__$1__$2__$3__$4 sft=runs/llm__rlhf__$2__1000__$4/sft script flags=()
   [ "$1$3" = rlhf100 ] && flags=(--reward-epochs 20) # as many updates as with 1,000; what does best is kept
   [ "$1$3" = aihf-ppo2000 ] && flags+=(--reward-updates-per-iteration 6) # as many passes as with 1,000
   [ "$1$3" = aihf-ppo3000 ] && flags+=(--reward-updates-per-iteration 9)

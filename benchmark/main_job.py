@@ -1,4 +1,5 @@
-"""Collect the runs of benchmark/main_job.sh into benchmark/results/main_job.csv, a figure and the README's table.
+"""Collect the runs of benchmark/main_job.sh into benchmark/results/main_job.csv, a figure and the
+table of benchmark/README.md.
 
     bash benchmark/main_job.sh      # the runs
     python benchmark/main_job.py    # seconds
@@ -16,84 +17,109 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark/results/main_job.csv"
-COLUMNS = ("env", "method", "seed", "sac_steps", "env_steps", "return_mean", "return_std", "wall_seconds")
+METRICS = {  # a column of results/: that of metrics.csv
+    "sac_steps": "charts/sac_steps",
+    "env_steps": "charts/env_steps",
+    "return_mean": "eval/return_mean",
+    "return_std": "eval/return_std",
+    "wall_seconds": "charts/wall_seconds",
+}
 ENVS = ("Hopper-v4", "HalfCheetah-v4", "Walker2d-v4")
-TIERS = {"high": ("demonstrations", "-"), "medium": ("preferred", "--"), "low": ("non-preferred", ":")}
+TIERS = {"high": ("demonstrations", "-"), "medium": ("preferred", "--"), "low": ("other", ":")}
+
+
+def evaluations(run: Path, column: str = "eval/return_mean") -> list[dict]:
+    """The rows of a run's metrics.csv that have an evaluation."""
+    with open(run / "metrics.csv", newline="") as file:
+        return [row for row in csv.DictReader(file) if row.get(column)]
+
+
+def merge(path: Path, new: list[dict], keys: tuple[str, ...], order=lambda row: 0) -> list[dict]:
+    """Write the file's rows, those of the same run replaced by the new ones, back to it; returns
+    them, sorted by keys and then by order."""
+    replaced = {tuple(row[key] for key in keys) for row in new}
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows = [row for row in rows if tuple(row[key] for key in keys) not in replaced] + new
+    rows.sort(key=lambda row: (*(row[key] for key in keys), order(row)))
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
+
+
+def tiers(env: str) -> dict[str, dict]:
+    """True returns of the data, from its manifest.json: {tier: {return_mean, return_std ...}}."""
+    path = ROOT / "data_gen/assets/mujoco" / env / "manifest.json"
+    return json.loads(path.read_text())["tiers"]
+
+
+def by_steps(row: dict) -> float:
+    return float(row["sac_steps"])
 
 
 def collect(runs: Path) -> list[dict]:
     """One row for each evaluation of each run named main_job__<env>__<seed>."""
     rows = []
-    for folder in sorted(path for path in runs.glob("main_job__*") if path.is_dir()):
-        _, env, seed = folder.name.split("__")
-        with open(folder / "metrics.csv", newline="") as file:
-            for row in csv.DictReader(file):
-                if row["eval/return_mean"]:
-                    keys = ("charts/sac_steps", "charts/env_steps", "eval/return_mean", "eval/return_std")
-                    values = [env, "aihf", seed, *(row[key] for key in keys), row["charts/wall_seconds"]]
-                    rows.append(dict(zip(COLUMNS, values)))
+    for path in sorted(runs.glob("main_job__*/metrics.csv")):
+        _, env, seed = path.parent.name.split("__")
+        for row in evaluations(path.parent):
+            numbers = {name: row[metric] for name, metric in METRICS.items()}
+            rows.append({"env": env, "method": "aihf", "seed": seed, **numbers})
     return rows
 
 
-def summarise(rows: list[dict], manifests: dict[str, dict]) -> str:
-    """The README's table: final and best true return of every seed, beside the data's."""
+def curves_of(rows: list[dict], env: str) -> dict[str, np.ndarray]:
+    """{seed: (evaluations, 4)}: steps, true return, its deviation and seconds."""
+    names = ("sac_steps", "return_mean", "return_std", "wall_seconds")
+    of = [row for row in rows if row["env"] == env]
+    return {
+        seed: np.array([[float(row[name]) for name in names] for row in of if row["seed"] == seed])
+        for seed in sorted({row["seed"] for row in of})
+    }
+
+
+def summarise(rows: list[dict]) -> str:
+    """Final and best true return of every seed, beside the data's."""
     lines = [
-        "| environment | seed | SAC steps | final return | best | demonstrations | final / demo | above medium | min |"
+        "environment | seed | SAC steps | final return | best | demonstrations | final / demo "
     ]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
-    for env in manifests:
-        tiers = manifests[env]["tiers"]
-        demo, medium = tiers["high"]["return_mean"], tiers["medium"]["return_mean"]
-        for seed in sorted({row["seed"] for row in rows if row["env"] == env}):
-            run = [row for row in rows if row["env"] == env and row["seed"] == seed]
-            final, best = float(run[-1]["return_mean"]), max(float(row["return_mean"]) for row in run)
+    lines = [f"| {lines[0]}| above medium | min |", "|---" * 9 + "|"]
+    for env in ENVS:
+        demo, medium = (tiers(env)[tier]["return_mean"] for tier in ("high", "medium"))
+        for seed, curve in curves_of(rows, env).items():
+            steps, final, std, seconds = curve[-1]
             lines.append(
-                f"| {env} | {seed} | {float(run[-1]['sac_steps']) / 1000:.0f}k | {final:.0f} ± "
-                f"{float(run[-1]['return_std']):.0f} | {best:.0f} | {demo:.0f} | {final / demo:.0%} | "
-                f"{'yes' if final > medium else 'no'} ({medium:.0f}) | {float(run[-1]['wall_seconds']) / 60:.0f} |"
+                f"| {env} | {seed} | {steps / 1000:.0f}k | {final:.0f} ± {std:.0f} | "
+                f"{curve[:, 1].max():.0f} | {demo:.0f} | {final / demo:.0%} | "
+                f"{'yes' if final > medium else 'no'} ({medium:.0f}) | {seconds / 60:.0f} |"
             )
     return "\n".join(lines)
 
 
-def draw(rows: list[dict], manifests: dict[str, dict], path: Path) -> None:
-    envs = [env for env in manifests if any(row["env"] == env for row in rows)]
-    figure, axes = plt.subplots(1, len(envs), figsize=(1 + 4 * len(envs), 3.8), layout="constrained", squeeze=False)
-    for axis, env in zip(axes[0], envs):
-        curves = {}
-        for row in rows:
-            if row["env"] == env:
-                curves.setdefault(row["seed"], []).append((float(row["sac_steps"]), float(row["return_mean"])))
-        for curve in curves.values():
-            axis.plot(*zip(*curve), color="tab:orange", alpha=0.35, linewidth=1)
-        if curves:
-            length = min(len(curve) for curve in curves.values())
-            steps = [step for step, _ in next(iter(curves.values()))[:length]]
-            mean = np.mean([[value for _, value in curve[:length]] for curve in curves.values()], axis=0)
-            axis.plot(steps, mean, color="tab:orange", linewidth=2, label=f"AIHF, mean of {len(curves)} seeds")
+def draw(rows: list[dict], path: Path) -> None:
+    figure, axes = plt.subplots(1, len(ENVS), figsize=(13, 3.8), layout="constrained")
+    for axis, env in zip(axes, ENVS):
+        curves = list(curves_of(rows, env).values())
+        for curve in curves:
+            axis.plot(curve[:, 0], curve[:, 1], color="tab:orange", alpha=0.35, linewidth=1)
+        length = min(map(len, curves))
+        steps, mean, *_ = np.mean([curve[:length] for curve in curves], axis=0).T
+        label = f"AIHF, mean of {len(curves)} seeds"
+        axis.plot(steps, mean, color="tab:orange", linewidth=2, label=label)
         for tier, (name, style) in TIERS.items():
-            level = manifests[env]["tiers"][tier]["return_mean"]
+            level = tiers(env)[tier]["return_mean"]
             axis.axhline(level, color="gray", linestyle=style, linewidth=1, label=name)
         axis.set(title=env, xlabel="SAC steps", ylabel="true return")
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 if __name__ == "__main__":
-    assets = ROOT / "data_gen/assets/mujoco"
-    manifests = {
-        env: json.loads((assets / env / "manifest.json").read_text()) for env in ENVS if (assets / env).is_dir()
-    }
-    rows = collect(ROOT / "runs")
-    found = {(row["env"], row["seed"]) for row in rows}
-    with open(RESULTS, newline="") as file:
-        rows += [row for row in csv.DictReader(file) if (row["env"], row["seed"]) not in found]
-    rows.sort(key=lambda row: (ENVS.index(row["env"]), row["seed"], float(row["sac_steps"])))
-    with open(RESULTS, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    draw(rows, manifests, ROOT / "benchmark/figures/main_job.png")
-    print(summarise(rows, manifests))
+    rows = merge(RESULTS, collect(ROOT / "runs"), ("env", "method", "seed"), by_steps)
+    draw(rows, ROOT / "benchmark/figures/main_job.png")
+    print(summarise(rows))

@@ -1,24 +1,30 @@
-"""How fast is the SAC here? Environment steps per second of the whole training loop, beside two other libraries.
+"""How fast is the SAC here? Environment steps per second of the whole training loop, beside two
+other libraries.
 
     pip install -e '.[speed]'
     python benchmark/sac_speed.py                      (and again with --hidden 256 256)
 
-prints a line for each measurement, then a table (median, min and max over the rounds of each library) and the ratios of
-ours to the others, round by round and their median; writes benchmark/results/sac_speed.csv, where a run replaces the
-rows of its own --hidden and --batch-size and keeps the rest. Allow half an hour on a quiet core (256 256: an hour).
+prints a line for each measurement, then a table (median, min and max over the rounds of each
+library) and the ratios of ours to the others, round by round and their median; writes
+benchmark/results/sac_speed.csv, where a run replaces the rows of its own --hidden and --batch-size
+and keeps the rest. Allow half an hour on a quiet core (256 256: an hour).
 
-The libraries take turns in every round, each measurement in a process of its own, all of them on the same one CPU core
-with one thread: environment steps, one SAC update (automatic entropy coefficient) for each, the same sizes of networks
-and batches. Neither compilation nor a warm-up of 50,000 steps (random actions, then a thousand updates) is in the time:
-after it our memory of rollouts, which reward updates go through, is full.
+The libraries take turns in every round, each measurement in a process of its own, all of them on
+the same one CPU core with one thread: environment steps, one SAC update (automatic entropy
+coefficient) for each, the same sizes of networks and batches. Neither compilation nor a warm-up of
+50,000 steps (random actions, then a thousand updates) is in the time: after it our memory of
+rollouts, which reward updates go through, is full.
 
-- aihf: aihf_sac_mujoco.py as shipped, from the charts/SPS it logs. Only SAC steps are counted, but rollouts, reward
-  updates and logging are in the time, which the others have not; evaluation and checkpoints are not in it.
-- aihf-lower-level: the same script with as little around SAC as its flags allow, in one policy alignment of --steps:
-  relabelling with the learned reward, and after it one reward update on one episode of rollouts, stay in the time.
-- sb3, sbx: Stable-Baselines3 (PyTorch) and SBX (JAX), an update after each environment step, which is their default.
-- sb3-blocks, sbx-blocks: the same with 50 environment steps and then 50 updates, the order ours has and the fair one to
-  compare its update with: SBX compiles the 50 into one call.
+- aihf: aihf_sac_mujoco.py as shipped, from the charts/SPS it logs. Only SAC steps are counted, but
+  rollouts, reward updates and logging are in the time, which the others have not; evaluation and
+  checkpoints are not in it.
+- aihf-lower-level: the same script with as little around SAC as its flags allow, in one policy
+  alignment of --steps: relabelling with the learned reward, and after it one reward update on one
+  episode of rollouts, stay in the time.
+- sb3, sbx: Stable-Baselines3 (PyTorch) and SBX (JAX), an update after each environment step, which
+  is their default.
+- sb3-blocks, sbx-blocks: the same with 50 environment steps and then 50 updates, the order ours has
+  and the fair one to compare its update with: SBX compiles the 50 into one call.
 """
 
 import csv
@@ -37,8 +43,12 @@ from statistics import median
 
 import tyro
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data_gen import read
+
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK, ITERATION, MEMORY = 50, 5_000, 10  # BLOCK, policy_steps_per_iteration, rollout_memory of aihf_sac_mujoco.py
+# BLOCK, policy_steps_per_iteration and rollout_memory of aihf_sac_mujoco.py
+BLOCK, ITERATION, MEMORY = 50, 5_000, 10
 OURS, OTHERS = ("aihf", "aihf-lower-level"), ("sb3", "sbx", "sb3-blocks", "sbx-blocks")
 TURNS = ("aihf", "sb3", "sbx", "aihf-lower-level", "sb3-blocks", "sbx-blocks")
 COLUMNS = ("library", "hidden", "batch", "round", "steps_per_second")
@@ -52,41 +62,29 @@ ONE_THREAD = {
 
 @dataclass
 class Args:
-    env: str = "HalfCheetah-v4"
-    """a MuJoCo environment of Gymnasium that there is data for"""
-    data_dir: str = ""
-    """the data aihf_sac_mujoco.py trains on; default data_gen/assets/mujoco/<env>"""
-    hidden: tuple[int, ...] = (64, 64)
-    """hidden layers of the policy, of each Q network and of our reward"""
-    batch_size: int = 256
-    """transitions in an update"""
-    rounds: int = 5
-    """measurements of each library"""
+    env: str = "HalfCheetah-v4"  # a MuJoCo robot that there is data for
+    data_dir: str = ""  # what aihf_sac_mujoco.py learns from; "": data_gen/assets/mujoco/<env>
+    hidden: tuple[int, ...] = (64, 64)  # layers of the policy, of each Q network and of our reward
+    batch_size: int = 256  # transitions in an update
+    rounds: int = 5  # measurements of each library
+    # environment steps in each: a multiple of 5000, the length of a policy alignment; fewer (a
+    # multiple of 50) make one short alignment, in which the rollouts weigh more
     steps: int = 10_000
-    """environment steps in each: a multiple of 5000, the length of a policy alignment; fewer (a multiple of 50) make
-    one short alignment, in which the rollouts weigh more"""
-    core: int | None = None
-    """the CPU core everything runs on (Linux); default the last one"""
-    results: Path = ROOT / "benchmark" / "results" / "sac_speed.csv"
-    """the file to write"""
-
-
-def fail(message: str, code: int = 2):
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(code)
+    core: int | None = None  # the CPU core everything runs on (Linux); default the last one
+    results: Path = ROOT / "benchmark/results/sac_speed.csv"  # the file to write
 
 
 def run(*command: str) -> str:
-    """What a process prints; if it fails, so do we, with the last line of its errors and its exit code."""
+    """What a process prints; if it fails, so do we, with the last line of its errors."""
     process = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
     if process.returncode:
-        last_line = (process.stderr.strip() or "no message").splitlines()[-1]
-        fail(last_line.removeprefix("error: "), process.returncode)
+        raise SystemExit((process.stderr.strip() or "error: no message").splitlines()[-1])
     return process.stdout
 
 
 def warm_up(steps: int) -> tuple[int, int]:
-    """Steps before the measured ones: all, and those of random actions; the last of them are with updates."""
+    """Steps before the measured ones: all, and those of random actions; the last of them are with
+    updates."""
     iteration = min(steps, ITERATION)
     return MEMORY * iteration, MEMORY * iteration - iteration // 5
 
@@ -97,22 +95,25 @@ def measure_ours(library: str, args: Args, seed: int) -> float:
     if library == "aihf-lower-level":
         iteration = args.steps
         first = math.ceil(first / iteration) * iteration
-        flags = "--reward-updates-per-iteration 1 --rollout-steps-per-iteration 1 --rollout-memory 1".split()
+        flags = "--reward-updates-per-iteration 1 --rollout-steps-per-iteration 1".split()
+        flags += ["--rollout-memory", "1"]
     flags += ["--data-dir", str(Path(args.data_dir).resolve())] if args.data_dir else []
+    options = f"""--env {args.env} --seed {seed} --total-timesteps {first + args.steps}
+        --policy-steps-per-iteration {iteration} --learning-starts {random}
+        --hidden {" ".join(map(str, args.hidden))} --batch-size {args.batch_size}
+        --eval-every {10**9} --eval-episodes 1 --checkpoint-every {10**9}
+        --threads 1 --no-cuda --run-name speed"""
     with tempfile.TemporaryDirectory() as runs_dir:
-        options = f"""--env {args.env} --seed {seed} --total-timesteps {first + args.steps}
-            --policy-steps-per-iteration {iteration} --learning-starts {random}
-            --hidden {" ".join(map(str, args.hidden))} --batch-size {args.batch_size}
-            --eval-every {10**9} --eval-episodes 1 --checkpoint-every {10**9} --threads 1 --no-cuda --run-name speed"""
         printed = run("aihf_sac_mujoco.py", *options.split(), "--runs-dir", runs_dir, *flags)
         if "torch.compile failed" in printed:
-            fail("torch.compile failed, and without it this measures something else; install a C++ compiler", 1)
-        with open(Path(runs_dir) / "speed" / "metrics.csv", newline="") as file:
+            raise SystemExit("error: without torch.compile this measures another thing; see README")
+        with open(Path(runs_dir) / "speed/metrics.csv", newline="") as file:
             rows = [row for row in csv.DictReader(file) if float(row["charts/sac_steps"]) > first]
-    return len(rows) / sum(1 / float(row["charts/SPS"]) for row in rows)  # equally long iterations: steps over seconds
+    # equally long iterations: steps over seconds
+    return len(rows) / sum(1 / float(row["charts/SPS"]) for row in rows)
 
 
-def measure_other(library: str, env: str, hidden: list[int], batch_size: int, steps: int, seed: int) -> float:
+def measure_other(library: str, env: str, hidden, batch_size: int, steps: int, seed: int) -> float:
     """Stable-Baselines3 or SBX in this process, with the defaults of aihf_sac_mujoco.py."""
     import gymnasium as gym
     import torch
@@ -145,17 +146,22 @@ def measure_other(library: str, env: str, hidden: list[int], batch_size: int, st
     started, first_update = time.perf_counter(), model._n_updates
     model.learn(steps, reset_num_timesteps=False)
     seconds = time.perf_counter() - started
-    assert model.num_timesteps == first + steps and model._n_updates - first_update == steps
+    if model.num_timesteps != first + steps or model._n_updates - first_update != steps:
+        raise SystemExit(f"error: {library} made another number of steps or updates than {steps}")
     return steps / seconds
 
 
 def summary(rows: list[dict]) -> str:
-    """The table of speeds and that of ratios, from rows of one --hidden and --batch-size with all libraries in each
-    round. The median ratio is that of the rounds' ratios: what slows a whole round down leaves it alone."""
-    speeds = {name: [float(row["steps_per_second"]) for row in rows if row["library"] == name] for name in TURNS}
+    """The table of speeds and that of ratios, from rows of one --hidden and --batch-size with all
+    libraries in each round. The median ratio is that of the rounds' ratios: what slows a whole
+    round down leaves it alone."""
+    speeds = {name: [] for name in TURNS}
+    for row in rows:
+        speeds[row["library"]].append(float(row["steps_per_second"]))
     lines = [f"{'steps per second':<30}{'median':>8}{'min':>8}{'max':>8}"]
     for name in OURS + OTHERS:
-        lines.append(f"{name:<30}{median(speeds[name]):8.0f}{min(speeds[name]):8.0f}{max(speeds[name]):8.0f}")
+        numbers = (f(speeds[name]) for f in (median, min, max))
+        lines.append(f"{name:<30}" + "".join(f"{number:8.0f}" for number in numbers))
     lines += ["", f"{'ratio':<30}{'median':>8}  round by round"]
     for ours in OURS:
         for other in OTHERS:
@@ -170,7 +176,9 @@ def save(path: Path, rows: list[dict]) -> None:
     measured, kept = {(row["hidden"], str(row["batch"])) for row in rows}, []
     if path.is_file():
         with open(path, newline="") as file:
-            kept = [row for row in csv.DictReader(file) if (row["hidden"], row["batch"]) not in measured]
+            kept = [
+                row for row in csv.DictReader(file) if (row["hidden"], row["batch"]) not in measured
+            ]
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -182,20 +190,22 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:  # one measurement of another library, for the process below
         print(measure_other(**json.loads(sys.argv[2])))
         raise SystemExit
-    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
-    if missing := [name for name in ("stable_baselines3", "sbx") if find_spec(name) is None]:
-        fail(f"{' and '.join(missing)} cannot be imported; install the libraries with pip install -e '.[speed]'")
-    if args.rounds < 1 or args.steps < 10 * BLOCK or args.steps % math.lcm(BLOCK, min(args.steps, ITERATION)):
-        fail("--rounds must be at least 1, --steps a multiple of 5000, or of 50 from 500 to 5000")
-    os.environ.update(ONE_THREAD)  # this and the core are handed down to every measurement
-    if hasattr(os, "sched_setaffinity"):
-        cores = os.sched_getaffinity(0)
-        if args.core is not None and args.core not in cores:
-            fail(f"--core must be one of {sorted(cores)}")
-        os.sched_setaffinity(0, {max(cores) if args.core is None else args.core})
+    with read.input_errors():
+        args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+        if missing := [name for name in ("stable_baselines3", "sbx") if find_spec(name) is None]:
+            raise ValueError(f"there is no {' and no '.join(missing)}; pip install -e '.[speed]'")
+        alignment = math.lcm(BLOCK, min(args.steps, ITERATION))
+        if args.rounds < 1 or args.steps < 10 * BLOCK or args.steps % alignment:
+            raise ValueError("--rounds must be above 0, --steps k · 5000, or k · 50 from 500 on")
+        os.environ.update(ONE_THREAD)  # this and the core are handed down to every measurement
+        if hasattr(os, "sched_setaffinity"):
+            core = max(os.sched_getaffinity(0)) if args.core is None else args.core
+            os.sched_setaffinity(0, {core})
 
     packages = ("torch", "stable_baselines3", "sbx-rl", "jax", "gymnasium", "mujoco")
-    print(f"{args.env}, hidden {args.hidden}, batch {args.batch_size}, {args.steps} steps;", end=" ")
+    print(
+        f"{args.env}, hidden {args.hidden}, batch {args.batch_size}, {args.steps} steps;", end=" "
+    )
     print(", ".join(f"{name} {version(name)}" for name in packages))
     rows = []
     for number in range(1, args.rounds + 1):
@@ -203,11 +213,13 @@ if __name__ == "__main__":
             if library in OURS:
                 speed = measure_ours(library, args, seed=number)
             else:
-                names = ("env", "hidden", "batch_size", "steps")
-                task = {"library": library, "seed": number, **{name: getattr(args, name) for name in names}}
-                speed = float(run(str(Path(__file__).resolve()), "--worker", json.dumps(task)).split()[-1])
+                task = {"library": library, "env": args.env, "hidden": args.hidden, "seed": number}
+                task |= {"batch_size": args.batch_size, "steps": args.steps}
+                printed = run(str(Path(__file__).resolve()), "--worker", json.dumps(task))
+                speed = float(printed.split()[-1])
             print(f"round {number}: {library} {speed:.0f} steps/s", flush=True)
-            values = (library, "x".join(map(str, args.hidden)), args.batch_size, number, f"{speed:.6g}")
+            hidden = "x".join(map(str, args.hidden))
+            values = (library, hidden, args.batch_size, number, f"{speed:.6g}")
             rows.append(dict(zip(COLUMNS, values)))
         save(args.results, rows)
     print(f"\n{summary(rows)}\n\nwrote {args.results}")

@@ -1,18 +1,18 @@
-"""data_gen/imdb_data.py: tiny models of made-up reviews by the real command, kills and bad arguments; and the assets.
+"""data_gen/imdb_data.py: tiny models of made-up reviews and their tiers by the real command, kills
+and bad arguments; and the assets.
 
 python -m pytest tests/test_imdb_data.py
 """
 
-import contextlib
 import gzip
 import hashlib
-import io
 import json
 import os
-import runpy
-import sys
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -20,13 +20,16 @@ import torch
 transformers = pytest.importorskip("transformers")
 import imdb_data  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "data_gen" / "imdb_data.py"
-ASSETS = ROOT / "data_gen" / "assets" / "imdb"
-PRETRAIN = {"vocab_size": 300, "context": 32, "width": 16, "layers": 1, "heads": 2, "steps": 40, "batch_size": 8}
-PRETRAIN |= {"heldout_reviews": 20, "samples": 2, "learning_rate": 0.01}
-CLASSIFIER = {"steps": 100, "batch_size": 16, "heldout_reviews": 60, "learning_rate": 0.01}
-COMMON = {"checkpoint_every": 10, "threads": 1}
+from data_gen import read  # noqa: E402
+
+ASSETS = helpers.ROOT / "data_gen" / "assets" / "imdb"
+FLAGS = {  # of each subcommand
+    "pretrain": {"vocab_size": 300, "context": 32, "width": 16, "layers": 1, "heads": 2}
+    | {"steps": 40, "batch_size": 8, "heldout_reviews": 20, "samples": 2, "learning_rate": 0.01},
+    "classifier": {"steps": 100, "batch_size": 16, "heldout_reviews": 60, "learning_rate": 0.01}
+    | {"opening_tokens": (6, 12)},
+    "tiers": {"prompts": 40, "response_length": 8, "ppo_steps": 5, "batch_size": 4},
+}
 WORDS = "film plot actor scene story camera music end role joke".split()
 
 
@@ -40,49 +43,36 @@ def make_reviews(folder: Path) -> Path:
             mood = ("awful", "great")[i % 2]
             words = [word for w in rng.choice(WORDS, rng.integers(10, 40)) for word in (w, mood)]
             words[len(words) // 2] += ".<br /><br />Well,"
-            rows.append({"text": " ".join(words), "label": -1 if split == "unsupervised" else i % 2})
+            rows.append({"text": " ".join(words), "label": -1 if split[0] == "u" else i % 2})
         with gzip.open(folder / f"{split}.jsonl.gz", "wt") as file:
             file.write("\n".join(map(json.dumps, rows)) + "\n")
     return folder
 
 
-def execute(subcommand: str, **flags) -> tuple[int, str, str]:
-    """The script in this process, as `python imdb_data.py subcommand --flags`: (exit code, out, err)."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    before = sys.argv, torch.get_num_threads()
-    try:
-        sys.argv = [str(SCRIPT), subcommand]
-        for name, value in (COMMON | flags).items():
-            sys.argv += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-    except SystemExit as stop:
-        code = stop.code or 0
-    finally:
-        sys.argv = before[0]
-        torch.set_num_threads(before[1])
-    return code, out.getvalue(), err.getvalue()
+def execute(subcommand: str, folder: Path, **flags) -> tuple[int, str, str]:
+    """The script, writing into folder/out and folder/work: (exit code, out, err)."""
+    given = {"output_dir": folder / "out", "work_dir": folder / "work", "threads": 1}
+    given |= {} if subcommand == "tiers" else {"checkpoint_every": 10}
+    words = [subcommand]
+    for name, value in (given | FLAGS[subcommand] | flags).items():
+        values = value if isinstance(value, tuple) else (value,)
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return helpers.run_script(imdb_data, words, folder)
 
 
-def make(subcommand: str, folder: Path, data: Path, **flags) -> Path:
-    """A tiny model; returns its folder."""
-    flags = {"data": data, "output_dir": folder / "out", "work_dir": folder / "work"} | flags
-    code, out, err = execute(subcommand, **(PRETRAIN if subcommand == "pretrain" else CLASSIFIER) | flags)
-    assert code == 0, (out, err)
+def make(subcommand: str, folder: Path, **flags) -> Path:
+    """A tiny model, or tiers; returns its folder."""
+    result = execute(subcommand, folder, **flags)
+    assert result[0] == 0, result
     return folder / "out"
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "manifest.json"}
-
-
-def assert_refused(result: tuple[int, str, str], *fragments: str) -> None:
-    """Exit code 2 and one line on stderr, progress bars aside, that names what is wrong."""
-    code, out, err = result
-    lines = [line for line in err.splitlines() if line.strip() and "%|" not in line and "reviews/s" not in line]
-    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (code, out, err)
-    for fragment in fragments:
-        assert fragment in lines[0], (fragment, lines[0])
+    """All files, whose hashes are in the manifest, but for this."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = {p.name: p.read_bytes() for p in folder.iterdir() if p.name in manifest["sha256"]}
+    assert manifest["sha256"] == {n: hashlib.sha256(raw).hexdigest() for n, raw in files.items()}
+    return files
 
 
 @pytest.fixture(scope="module")
@@ -93,65 +83,72 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, data) -> Path:
     """A language model made without disturbance; read only."""
-    return make("pretrain", tmp_path_factory.mktemp("model"), data)
+    return make("pretrain", tmp_path_factory.mktemp("model"), data=data)
 
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory, data, model) -> Path:
-    return make("classifier", tmp_path_factory.mktemp("judge"), data, model=model, opening_tokens=(6, 12))
+    return make("classifier", tmp_path_factory.mktemp("judge"), data=data, model=model)
 
 
-def test_language_model_loads(model, data):
-    """With the Auto classes and no argument: float32, tied, pad and end distinct, text that comes back."""
+# ------------------------------------------------------------------------ model and classifier
+def test_language_model_loads(model):
+    """With the Auto classes and no argument: float32, tied, pad and end distinct, text that comes
+    back."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     network = transformers.AutoModelForCausalLM.from_pretrained(model)
     assert network.dtype == torch.float32 and network.config.model_type == "gpt2"
-    assert network.config.n_positions == tokenizer.model_max_length == 32 and network.config.vocab_size == 300
+    assert network.config.n_positions == tokenizer.model_max_length == 32
+    assert network.config.vocab_size == len(tokenizer) == 300
     assert network.get_output_embeddings().weight is network.get_input_embeddings().weight
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1) and len(tokenizer) == 300
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
     assert (network.config.pad_token_id, network.config.eos_token_id) == (0, 1)
+    assert network.config.activation_function == "gelu_pytorch_tanh"
     text = "A film, naïve\nand  awful ☃ <|endoftext|>"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert tokenizer(["a film", "a"], padding=True)["input_ids"][1][0] == 0  # padded on the left
     assert not {"<br", "br"} & set(tokenizer.get_vocab())
-    with open(model / "model.safetensors", "rb") as file:
-        assert b"F16" in file.read(20_000)
+    assert b"F16" in (model / "model.safetensors").read_bytes()[:20_000]
+    assert not [path for path in model.iterdir() if path.name.startswith(".")]
 
 
 def test_language_model_manifest(model, data):
     """The perplexity, recomputed from the files as stored, one review at a time."""
+    assert len(files_of(model)) == len(list(model.iterdir())) - 1
     manifest = json.loads((model / "manifest.json").read_text())
-    assert manifest["sha256"] == {n: hashlib.sha256(raw).hexdigest() for n, raw in files_of(model).items()}
     assert manifest["seed"] == 1 and manifest["reviews"] == {"trained_on": 250, "held_out": 20}
     assert manifest["arguments"]["data"] == "reviews" and str(data) not in json.dumps(manifest)
-    assert set(manifest["versions"]) == {"python", "numpy", "tokenizers", "torch", "transformers"}
+    modules = {"python", "numpy", "tokenizers", "torch", "transformers"}
+    assert set(manifest["versions"]) == modules
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     network = transformers.AutoModelForCausalLM.from_pretrained(model)
     assert manifest["parameters"] == sum(p.numel() for p in network.parameters())
-    texts = sorted({imdb_data.clean(row["text"]) for row in imdb_data.read_rows(str(data), "test", ("text",))})
+    rows = read.rows(str(data), ("text",), split="test")
+    texts = sorted({imdb_data.clean(text) for (text,) in rows})
     nll, count = 0.0, 0
     with torch.no_grad():
         for i in np.random.default_rng(1).permutation(len(texts))[:20]:
             ids = torch.tensor([[1, *tokenizer(texts[i])["input_ids"], 1][:32]])
             nll += network(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
             count += ids.shape[1] - 1
-    assert manifest["heldout_perplexity"]["tokens"] == count
-    assert manifest["heldout_perplexity"]["perplexity"] == pytest.approx(np.exp(nll / count), rel=1e-4)
-    assert manifest["heldout_perplexity"]["perplexity"] < 100  # of 300 tokens
-    assert len(manifest["samples"]) == 2 and not any("<|" in sample for sample in manifest["samples"])
+    found = manifest["heldout_perplexity"]
+    assert found["tokens"] == count and found["perplexity"] < 100  # of 300 tokens
+    assert found["perplexity"] == pytest.approx(np.exp(nll / count), rel=1e-4)
+    assert len(manifest["samples"]) == 2 and not any("<|" in text for text in manifest["samples"])
 
 
 def test_classifier_loads_and_manifest(judge, data):
+    files_of(judge)
     manifest = json.loads((judge / "manifest.json").read_text())
-    assert manifest["sha256"] == {n: hashlib.sha256(raw).hexdigest() for n, raw in files_of(judge).items()}
     tokenizer = transformers.AutoTokenizer.from_pretrained(judge)
     network = transformers.AutoModelForSequenceClassification.from_pretrained(judge).eval()
-    assert network.dtype == torch.float32 and network.config.id2label == {0: "NEGATIVE", 1: "POSITIVE"}
-    texts, labels = imdb_data.labelled(str(data), "test")
-    kept = np.random.default_rng(1).permutation(len(texts))[:60]
-    for name, length in (("full", 32), ("opening_40_tokens", 40)):
+    assert network.dtype == torch.float32
+    assert network.config.id2label == {0: "NEGATIVE", 1: "POSITIVE"}
+    ids, labels = imdb_data.labelled(str(data), "test", tokenizer.backend_tokenizer)
+    kept = np.random.default_rng(1).permutation(len(ids))[:60]
+    for name in ("full", "opening_40_tokens"):  # of which the model reads 32
         with torch.no_grad():
-            logits = [network(torch.tensor([tokenizer(texts[i])["input_ids"][:length][:32]])).logits[0] for i in kept]
+            logits = [network(torch.tensor(ids[i][None, :32])).logits[0] for i in kept]
         score = np.array([float(row[1] - row[0]) for row in logits])
         row = manifest["heldout"][name]
         assert row["accuracy"] == pytest.approx(((score > 0) == labels[kept]).mean())
@@ -162,63 +159,45 @@ def test_classifier_loads_and_manifest(judge, data):
 def test_padding_does_not_change_the_score(judge):
     network = transformers.AutoModelForSequenceClassification.from_pretrained(judge).eval()
     rows = [np.array([5, 6, 7, 8]), np.array([9, 10])]
-    both = imdb_data.scores(network, rows, 32, 0)
+    together = imdb_data.scores(network, rows, 32, 0)
     alone = [imdb_data.scores(network, [row], 32, 0)[0] for row in rows]
-    np.testing.assert_allclose(both, alone, atol=1e-5)
-    np.testing.assert_allclose(
-        imdb_data.scores(network, rows[:1], 2, 0), imdb_data.scores(network, [rows[0][:2]], 9, 0)
-    )
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    cut = imdb_data.scores(network, rows[:1], 2, 0)
+    np.testing.assert_allclose(cut, imdb_data.scores(network, [rows[0][:2]], 9, 0))
 
 
 @pytest.mark.parametrize("subcommand", ["pretrain", "classifier"])
 def test_killed_and_run_again(tmp_path, monkeypatch, data, model, judge, subcommand):
-    """Stopped between two checkpoints, and with half a checkpoint written: the same weights, byte by byte."""
-
-    class Killed(Exception):
-        pass
-
-    flags = {} if subcommand == "pretrain" else {"model": model, "opening_tokens": (6, 12)}
+    """Stopped with half a checkpoint written: the same weights, byte by byte."""
+    flags = {"data": data} | ({} if subcommand == "pretrain" else {"model": model})
     save, calls = torch.save, []
 
     def half(state, path):
         calls.append(path)
         if len(calls) == 2:
             Path(path).write_bytes(b"half")
-            raise Killed
+            raise KeyboardInterrupt
         save(state, path)
 
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(Killed):
-        make(subcommand, tmp_path, data, **flags)
+    with pytest.raises(KeyboardInterrupt):
+        make(subcommand, tmp_path, **flags)
     monkeypatch.setattr(torch, "save", save)
     assert not (tmp_path / "out" / "manifest.json").exists()
-    assert torch.load(tmp_path / "work" / "state.pt", weights_only=True)["step"] == 10
-    whole = model if subcommand == "pretrain" else judge
-    assert files_of(make(subcommand, tmp_path, data, **flags)) == files_of(whole)
-    assert files_of(make(subcommand, tmp_path, data, **flags)) == files_of(whole)  # of the finished training
-    assert not (tmp_path / "out" / ".tmp").exists()
-    code, _, err = execute(
-        subcommand,
-        **(PRETRAIN if subcommand == "pretrain" else CLASSIFIER)
-        | flags
-        | {"data": data, "output_dir": tmp_path / "out", "work_dir": tmp_path / "work", "seed": 2},
-    )
-    assert code == 2 and "other arguments" in err.splitlines()[-1]
-    (tmp_path / "work" / "state.pt").write_bytes(b"half")
-    code, _, err = execute(
-        subcommand,
-        **(PRETRAIN if subcommand == "pretrain" else CLASSIFIER)
-        | flags
-        | {"data": data, "output_dir": tmp_path / "out", "work_dir": tmp_path / "work"},
-    )
-    assert code == 2 and "damaged" in err.splitlines()[-1]
+    assert helpers.load(tmp_path / "work")["step"] == 10
+    whole = files_of(model if subcommand == "pretrain" else judge)
+    for _ in range(2):  # the second time, of the finished training
+        assert files_of(make(subcommand, tmp_path, **flags)) == whole
+    result = execute(subcommand, tmp_path, **flags, seed=2)
+    helpers.assert_one_line_error(result, "other arguments")
+    (tmp_path / "work" / "checkpoint.pt").write_bytes(b"half")
+    helpers.assert_one_line_error(execute(subcommand, tmp_path, **flags), "damaged")
 
 
 def test_windows():
-    """Every other window begins on a review's separator or right after it; all lie inside the stream."""
-    stream = np.arange(1000)
-    starts = np.arange(0, 1000, 100)
-    rng = np.random.default_rng(0)
+    """Every other window begins on a review's separator or right after it; all lie inside the
+    stream."""
+    stream, starts, rng = np.arange(1000), np.arange(0, 1000, 100), np.random.default_rng(0)
     windows = imdb_data.draw_windows(stream, starts, 4000, 30, 1.0, rng)
     assert windows.shape == (4000, 30) and (windows.diff(dim=1) == 1).all()
     assert set(windows[:, 0].tolist()) == {s + k for s in starts.tolist() for k in (0, 1)}
@@ -228,21 +207,104 @@ def test_windows():
     half = imdb_data.draw_windows(stream, starts, 4000, 30, 0.5, rng)[:, 0]
     assert 0.47 < (half % 100 < 2).float().mean() < 0.54
     ids = imdb_data.draw_windows(np.arange(10), np.array([0, 8]), 100, 6, 1.0, rng)[:, 0]
-    assert set(ids.tolist()) == {0, 1, 4}  # a review that begins near the end is read in the last window
+    assert set(ids.tolist()) == {0, 1, 4}  # a review near the end is read in the last window
 
 
 def test_clean():
     assert imdb_data.clean(" Good.<br /><br />Bad\n\n<BR>? <br/>  ") == "Good. Bad <BR>?"
 
 
+# --------------------------------------------------------------------------------------- tiers
+class FakePPO:
+    """In place of rlhf_baseline.py: exports the model with weights that PPO steps have changed."""
+
+    def __init__(self, model: Path):
+        self.model, self.calls, self.fails_at = model, [], 0
+
+    def __call__(self, command: list[str]):
+        script, kind, *words = command[1:]
+        assert Path(script).name == "rlhf_baseline.py" and Path(script).exists() and kind == "llm"
+        self.calls.append(words)
+        value = {flag: words[words.index(flag) + 1] for flag in words if flag[:2] == "--"}
+        run = Path(value.get("--resume") or Path(value["--runs-dir"]) / value["--run-name"])
+        (run / "policy").mkdir(parents=True, exist_ok=True)
+        (run / "checkpoint.pt").touch()
+        if len(self.calls) == self.fails_at:
+            return SimpleNamespace(returncode=130)
+        policy = transformers.AutoModelForCausalLM.from_pretrained(self.model)
+        with torch.no_grad():
+            policy.transformer.ln_f.weight.mul_(1 + int(value["--ppo-steps"]))
+        policy.save_pretrained(run / "policy")
+        return SimpleNamespace(returncode=0)
+
+
+def test_tiers(tmp_path, monkeypatch, model, judge):
+    """Of each prompt the responses of three policies, ranked by the classifier; PPO is begun once
+    and carried on twice; interrupted, the same command carries on and ends with the same files."""
+    ppo = FakePPO(model)
+    monkeypatch.setattr(subprocess, "run", ppo)
+    (tmp_path / "a").mkdir()
+    folder = make("tiers", tmp_path / "a", model=model, classifier=judge)
+    work = str(tmp_path / "a" / "work")
+    assert ppo.calls[0][-2:] == ["--ppo-steps", "5"] and "--no-anneal" in ppo.calls[0]
+    pairs = list(zip(ppo.calls[0], ppo.calls[0][1:]))
+    assert ("--sft-model-path", str(model)) in pairs and (
+        "--reward-model-path",
+        str(judge),
+    ) in pairs
+    assert ("--checkpoint-every", "5") in pairs and ("--eval-prompts", "6") in pairs
+    assert ppo.calls[1:] == [
+        ["--resume", f"{work}/ppo", "--ppo-steps", str(steps)] for steps in (10, 15)
+    ]
+
+    rows = {p.stem: [json.loads(line) for line in open(p)] for p in folder.glob("*.jsonl")}
+    names = ("preferences", "demonstrations", "prompts")
+    prompts = [row["prompt"] for row in rows["prompts"]]
+    with open(f"{work}/ppo_prompts.jsonl") as file:
+        asked_of_ppo = [json.loads(line)["prompt"] for line in file]
+    tier_prompts = [row["prompt"] for row in rows["demonstrations"]]
+    assert len(asked_of_ppo) == len(prompts) == 12 and 10 < len(tier_prompts) <= 16
+    assert len({*asked_of_ppo, *prompts, *tier_prompts}) == 24 + len(tier_prompts)
+    assert [row["prompt"] for row in rows["preferences"]] == tier_prompts
+
+    network = transformers.AutoModelForSequenceClassification.from_pretrained(judge).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(judge)
+    scores = {"low": [], "medium": [], "high": []}
+    for pair, best in zip(rows["preferences"], rows["demonstrations"]):
+        texts = (pair["rejected"], pair["chosen"], best["completion"])
+        for tier, text in zip(scores, texts):
+            ids = tokenizer(pair["prompt"] + text, return_tensors="pt")["input_ids"][:, :32]
+            logits = network(ids).logits[0].tolist()
+            scores[tier].append(logits[1] - logits[0])
+    assert (np.diff(list(scores.values()), axis=0) >= -1e-4).all() and len(set(scores["low"])) > 5
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert list(files_of(folder)) and manifest["rows"] == {name: len(rows[name]) for name in names}
+    assert list(manifest["checkpoints"]) == ["5", "10", "15"]
+    for tier, row in manifest["ground_truth_score"].items():
+        assert row["mean"] == pytest.approx(np.mean(scores[tier]), abs=1e-3)
+        assert row["std"] == pytest.approx(np.std(scores[tier]), abs=1e-3)
+        assert row["paper_mean"] == {"low": 0.27, "medium": 1.13, "high": 2.23}[tier]
+
+    (tmp_path / "b").mkdir()
+    ppo.calls, ppo.fails_at = [], 2
+    flags = {"model": model, "classifier": judge}
+    assert execute("tiers", tmp_path / "b", **flags)[0] == 130
+    assert not list((tmp_path / "b" / "out").iterdir())
+    assert files_of(make("tiers", tmp_path / "b", **flags)) == files_of(folder)
+    steps = [call[-1] for call in ppo.calls]
+    assert steps == ["5", "10", "10", "15"] and all(call[0] == "--resume" for call in ppo.calls[1:])
+    assert files_of(make("tiers", tmp_path / "b", **flags)) == files_of(folder)
+    assert len(ppo.calls) == 4
+    result = execute("tiers", tmp_path / "b", **flags, seed=2)
+    helpers.assert_one_line_error(result, "other arguments")
+
+
+# ----------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize(
     "subcommand, flags, fragment",
     [
-        *(
-            ("pretrain", {name: 0}, f"--{name.replace('_', '-')}")
-            for name in ("steps", "batch_size", "threads", "heads")
-        ),
-        *(("classifier", {name: 0}, f"--{name.replace('_', '-')}") for name in ("steps", "learning_rate")),
+        *(("pretrain", {name: 0}, f"--{name}") for name in ("steps", "threads", "heads")),
+        *(("classifier", {name: 0}, name[:5]) for name in ("steps", "learning_rate")),
         ("pretrain", {"learning_rate": "nan"}, "--learning-rate"),
         ("pretrain", {"opening_share": 1.5}, "--opening-share"),
         ("pretrain", {"seed": -1}, "--seed"),
@@ -250,67 +312,73 @@ def test_clean():
         ("pretrain", {"vocab_size": 100}, "--vocab-size"),
         ("pretrain", {"vocab_size": 4096}, "smaller --vocab-size"),
         ("pretrain", {"context": 10**6}, "--context"),
-        ("classifier", {"opening_tokens": (9, 3)}, "--opening-tokens"),
-        ("classifier", {"full_share": -1}, "--full-share"),
-        ("classifier", {"model": "no/such/folder"}, "no/such/folder"),
         ("pretrain", {"data": "no/such/folder"}, "no/such/folder"),
+        ("classifier", {"opening_tokens": (9, 3)}, "--opening-tokens"),
+        ("classifier", {"opening_tokens": (9, 300)}, "--opening-tokens"),
+        ("classifier", {"full_share": -1}, "--full-share"),
+        ("classifier", {"model": "./no/such/folder"}, "no/such/folder"),
+        ("classifier", {"model": "half"}, "no weights for transformer"),
+        ("classifier", {"model": "large"}, "301 tokens, the model 300"),
+        ("tiers", {"model": "./no/such/folder"}, "no/such/folder"),
+        ("tiers", {"prompts": 10}, "--prompts"),
+        ("tiers", {"batch_size": 5}, "--batch-size"),
+        ("tiers", {"prompt_tokens": (5, 4)}, "--prompt-tokens"),
+        *((name, {"output_dir": "file"}, "file") for name in FLAGS),
+        *((name, {"work_dir": "/proc"}, "Error") for name in FLAGS),
     ],
-    ids=lambda value: str(value)[:40],
+    ids=str,
 )
-def test_bad_arguments(tmp_path, data, subcommand, flags, fragment):
-    settings = (PRETRAIN if subcommand == "pretrain" else CLASSIFIER) | {"data": data}
-    result = execute(subcommand, **settings | {"output_dir": tmp_path / "o", "work_dir": tmp_path / "w"} | flags)
-    assert_refused(result, fragment)
-    assert not list(tmp_path.rglob("*.*"))
+def test_bad_arguments(tmp_path, data, model, judge, subcommand, flags, fragment):
+    (tmp_path / "file").write_text("a file")
+    given = {"model": model} if subcommand != "pretrain" else {}
+    given |= {"classifier": judge} if subcommand == "tiers" else {"data": data}
+    if flags.get("model") in ("half", "large"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        network = transformers.AutoModelForCausalLM.from_pretrained(model)
+        state = network.state_dict()
+        if flags["model"] == "half":
+            del state["transformer.ln_f.weight"]
+        else:
+            tokenizer.add_tokens(["another"])
+        network.save_pretrained(tmp_path / flags["model"], state_dict=state)
+        tokenizer.save_pretrained(tmp_path / flags["model"])
+    helpers.assert_one_line_error(execute(subcommand, tmp_path, **given | flags), fragment)
+    assert not list(tmp_path.glob("out/*")) and not list(tmp_path.glob("work/*"))
 
 
 @pytest.mark.parametrize(
-    "content, fragment",
-    [
-        (None, "train.jsonl"),
-        (b"", "cannot read"),
-        (gzip.compress(b'{"text": "a"}\n')[:-9], "cannot read"),
-        (gzip.compress(b"\xff\n"), "cannot read"),
-        (gzip.compress(b"not json\n"), "cannot read"),
-        (gzip.compress(b"\n"), "is empty"),
-        (gzip.compress(b'{"text": "a", "label": 1}\n{"label": 1}\n'), "row 2"),
-        (gzip.compress(b'{"text": " ", "label": 1}\n'), "row 1"),
-        (gzip.compress(b"[1]\n"), "row 1"),
-        (gzip.compress(b'{"text": "a", "label": 1}\n'), "label 0"),
-        (gzip.compress(b'{"text": "a"}\n'), "label 0"),
+    "lines, fragment",
+    [  # more of them in test_read.py
+        ("not json", "cannot read"),
+        ('{"text": "a", "label": 1}\n{"label": 1}', "row 2"),
+        ('{"text": "a"}\n{"text": " <br /> "}', "row 2: no token is left"),
     ],
-    ids=lambda value: str(value)[:30],
 )
-def test_bad_data(tmp_path, data, content, fragment):
-    (tmp_path / "data").mkdir()
-    if content is not None:
-        (tmp_path / "data" / "train.jsonl.gz").write_bytes(content)
-    result = execute("classifier", data=tmp_path / "data", output_dir=tmp_path / "o", work_dir=tmp_path / "w")
-    if content == b"":  # an empty gzip file is read as no lines
-        fragment = "is empty"
-    assert_refused(result, fragment)
+def test_bad_data(tmp_path, model, lines, fragment):
+    (tmp_path / "train.jsonl").write_text(lines)
+    flags = {"pretrain": {}, "classifier": {"model": model}}
+    for subcommand in flags:
+        result = execute(subcommand, tmp_path, data=tmp_path, **flags[subcommand])
+        helpers.assert_one_line_error(result, fragment)
 
 
-def test_openings_longer_than_the_context(tmp_path, data, model):
-    result = execute("classifier", data=data, model=model, output_dir=tmp_path / "o", work_dir=tmp_path / "w")
-    assert_refused(result, "--opening-tokens")
+@pytest.mark.parametrize("label", [', "label": 1', ""])
+def test_reviews_without_both_labels(tmp_path, model, label):
+    (tmp_path / "train.jsonl").write_text('{"text": "a"' + label + "}\n")
+    result = execute("classifier", tmp_path, data=tmp_path, model=model)
+    helpers.assert_one_line_error(result, "label 0")
 
 
-def test_folder_is_a_file(tmp_path, data):
-    (tmp_path / "out").write_text("a file")
-    assert_refused(execute("pretrain", data=data, output_dir=tmp_path / "out", work_dir=tmp_path / "w"), "out")
-
-
-# ------------------------------------------------------------------------------------------- what the repository holds
-@pytest.mark.parametrize("name", ["model", "classifier"])
-def test_embedded_model(name):
+# -------------------------------------------------------------------- what the repository holds
+@pytest.mark.parametrize("name", ["model", "classifier", "."])
+def test_embedded(name):
     folder = ASSETS / name
-    if not folder.is_dir():
-        pytest.skip(f"{name} has not been made yet")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["sha256"] == {n: hashlib.sha256(raw).hexdigest() for n, raw in files_of(folder).items()}
-    auto = {"model": transformers.AutoModelForCausalLM, "classifier": transformers.AutoModelForSequenceClassification}
-    network = auto[name].from_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    assert network.dtype == torch.float32 and tokenizer.pad_token_id != tokenizer.eos_token_id
-    assert sum(os.path.getsize(path) for path in ASSETS.rglob("*") if path.is_file()) < 15 * 2**20
+    assert files_of(folder)
+    if name != ".":
+        kind = {"model": "CausalLM", "classifier": "SequenceClassification"}[name]
+        network = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        assert network.dtype == torch.float32
+        assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    sizes = [os.path.getsize(path) for path in ASSETS.rglob("*") if path.is_file()]
+    assert sum(sizes) < 15 * 2**20

@@ -1,85 +1,78 @@
-"""data_gen/mujoco_data.py: tiny data sets made by the real command, kills and bad arguments; and the sets in the repo.
+"""data_gen/mujoco_data.py: tiny data sets made by the real command, kills and bad arguments; and
+the sets in the repository.
 
 python -m pytest tests/test_mujoco_data.py
 """
 
-import contextlib
 import csv
 import hashlib
-import io
 import json
-import os
-import runpy
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
+import helpers
 import mujoco_data
 import numpy as np
 import pytest
 import torch
 
 import aihf_sac_mujoco as aihf
+from data_gen import read
 
-ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "data_gen" / "mujoco_data.py"
-ASSETS = ROOT / "data_gen" / "assets" / "mujoco"
-ENV = "InvertedPendulum-v4"  # 4 observations, 1 action between -3 and 3
+SCRIPT = helpers.ROOT / "data_gen" / "mujoco_data.py"
+ASSETS = helpers.ROOT / "data_gen" / "assets" / "mujoco"
+ENV = "helpers:Drift-v0"  # 3 observations, 2 actions, 12 steps, negative returns
 TIERS = ["low", "medium", "high"]
-FLAGS = {  # six checkpoints, of which the state is kept at steps 250 and 300; 251 updates, the warm-up's among them
-    "--env": ENV,
-    "--total-timesteps": 300,
-    "--checkpoint-every": 50,
-    "--learning-starts": 100,
-    "--batch-size": 16,
-    "--hidden": 8,
-    "--episodes-per-tier": 3,
-    "--segment-length": 3,
-    "--num-pairs": 60,
+FLAGS = {  # six candidates, the state is saved at steps 250 and 300; 150 updates
+    "env": ENV,
+    "total_timesteps": 300,
+    "checkpoint_every": 50,
+    "learning_starts": 200,
+    "batch_size": 16,
+    "hidden": 8,
+    "episodes_per_tier": 3,
+    "segment_length": 3,
+    "num_pairs": 60,
 }
 pytestmark = pytest.mark.filterwarnings("ignore")  # Gymnasium's, on v4 environments
 
 
-def command(folder: Path, *flags, **changes) -> list[str]:
-    """Arguments that write a tiny data set into folder/data; changes are flags by their Python names."""
-    given = FLAGS | {"--output-dir": folder / "data", "--work-dir": folder / "work"}
-    given |= {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
-    pieces = []
-    for flag, value in given.items():
-        pieces += [flag, *map(str, value)] if isinstance(value, tuple) else [f"{flag}={value}"]
-    return [*pieces, *(() if "--compile" in flags else ("--no-compile",)), *map(str, flags)]
+def command(folder: Path, **changes) -> list[str]:
+    """Arguments that write a tiny data set into folder/data."""
+    words = []
+    given = FLAGS | {"output_dir": folder / "data", "work_dir": folder / "work"}
+    for name, value in (given | changes).items():
+        values = value if isinstance(value, tuple) else (value,)
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return [*words, "--no-compile"]
 
 
-def execute(cwd: Path, argv: list) -> tuple[int, str, str]:
-    """The script in this process, as `python mujoco_data.py argv` from the folder cwd: (exit code, out, err)."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    before = sys.argv, os.getcwd(), torch.is_grad_enabled(), torch.get_num_threads()
-    try:
-        sys.argv = [str(SCRIPT), *map(str, argv)]
-        os.chdir(cwd)
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-    except SystemExit as stop:
-        code = stop.code or 0
-    finally:
-        sys.argv = before[0]
-        os.chdir(before[1])
-        torch.set_grad_enabled(before[2])
-        torch.set_num_threads(before[3])
-    return code, out.getvalue(), err.getvalue()
+def execute(folder: Path, **changes) -> tuple[int, str, str]:
+    return helpers.run_script(mujoco_data, command(folder, **changes), folder)
 
 
-def make(folder: Path, *flags, **changes) -> Path:
+def make(folder: Path, **changes) -> Path:
     """A tiny data set; returns its folder."""
-    code, out, err = execute(folder, command(folder, *flags, **changes))
-    assert code == 0, (out, err)
+    folder.mkdir(exist_ok=True)
+    result = execute(folder, **changes)
+    assert result[0] == 0, result
     return folder / "data"
 
 
+def load(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
+def lengths_of(arrays: dict) -> np.ndarray:
+    ends = np.flatnonzero(arrays["terminations"] | arrays["truncations"])
+    return np.diff(ends, prepend=-1)
+
+
 def data_files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "manifest.json"}
+    return {k: raw for k, raw in helpers.files(folder).items() if k != "manifest.json"}
 
 
 def read_pairs(folder: Path) -> list[dict]:
@@ -89,17 +82,7 @@ def read_pairs(folder: Path) -> list[dict]:
 
 def medium_wins(pairs: list[dict]) -> np.ndarray:
     """Whether the label of each pair prefers the segment of the medium episode."""
-    return np.array([(str(pair["label"]) == "1") == (pair["tier_a"] == "medium") for pair in pairs])
-
-
-def assert_refused(result: tuple[int, str, str], *fragments: str) -> None:
-    """Exit code 2 and one line on stderr that begins with error: and names what is wrong."""
-    code, out, err = result
-    lines = [line for line in err.splitlines() if line.strip() and not line.startswith("WARNING")]  # MuJoCo's
-    assert code == 2, (code, out, err)
-    assert len(lines) == 1 and lines[0].startswith("error: "), err
-    for fragment in fragments:
-        assert fragment in lines[0], (fragment, lines[0])
+    return np.array([(str(p["label"]) == "1") == (p["tier_a"] == "medium") for p in pairs])
 
 
 @pytest.fixture(scope="module")
@@ -108,122 +91,120 @@ def data(tmp_path_factory) -> Path:
     return make(tmp_path_factory.mktemp("whole"))
 
 
+@pytest.fixture
+def updates(monkeypatch) -> list:
+    """An entry for each SAC update from here on."""
+    calls, original = [], mujoco_data.make_sac_update
+
+    def counting(*args):
+        update = original(*args)
+        return lambda *batch: calls.append(None) or update(*batch)
+
+    monkeypatch.setattr(mujoco_data, "make_sac_update", counting)
+    return calls
+
+
+@pytest.fixture
+def no_training(monkeypatch) -> None:
+    def begin(*args, **kwargs):
+        raise AssertionError("accepted: training begins")
+
+    monkeypatch.setattr(gym.wrappers.RescaleAction, "reset", begin, raising=False)
+
+
+# ---------------------------------------------------------------------------- what it writes
 def test_schema(data):
-    assert sorted(p.name for p in data.iterdir()) == ["high.npz", "low.npz", "manifest.json", "medium.npz", "pairs.csv"]
+    names = ["high.npz", "low.npz", "manifest.json", "medium.npz", "pairs.csv"]
+    assert sorted(path.name for path in data.iterdir()) == names
     for tier in TIERS:
-        with np.load(data / f"{tier}.npz", allow_pickle=False) as file:
-            arrays = dict(file)
-        ends = arrays["terminations"] | arrays["truncations"]
-        steps, episodes = len(ends), int(ends.sum())
-        assert episodes == 3 and ends[-1] and not (arrays["terminations"] & arrays["truncations"]).any()
-        assert {key: (array.dtype.name, array.shape) for key, array in arrays.items()} == {
-            "observations": ("float32", (steps + 3, 4)),
-            "actions": ("float32", (steps, 1)),
+        arrays = load(data / f"{tier}.npz")
+        steps, lengths = len(arrays["rewards"]), lengths_of(arrays)
+        assert {key: (x.dtype.name, x.shape) for key, x in arrays.items()} == {
+            "observations": ("float32", (steps + 3, 3)),
+            "actions": ("float32", (steps, 2)),
             "rewards": ("float32", (steps,)),
             "terminations": ("bool", (steps,)),
             "truncations": ("bool", (steps,)),
         }
-        assert np.abs(arrays["actions"]).max() <= 3  # in the environment's units ...
-        assert all(np.isfinite(array).all() for array in arrays.values())
-        starts = np.cumsum([0, *(np.diff(np.flatnonzero(ends), prepend=-1) + 1)])[:-1]
-        assert np.abs(arrays["observations"][starts]).max() <= 0.0101  # ... which begins this close to upright
+        np.testing.assert_array_equal(read.check_episodes(arrays, tier), lengths)
+        assert len(lengths) == 3 and lengths.sum() == steps
+        assert (arrays["truncations"][lengths.cumsum() - 1] <= (lengths == 12)).all()
+        starts = np.cumsum(lengths + 1) - lengths - 1
+        assert np.abs(arrays["observations"][starts, :2]).max() <= 0.1001  # as reset begins
+        assert arrays["actions"].min() < -1  # in the environment's units
 
 
 def test_episodes_replay_in_the_environment(data):
-    """Each step's observation, action and next observation are a step of MuJoCo's, with that reward and end."""
-    env = gym.make(ENV).unwrapped
-    env.reset(seed=0)
+    """Each step's observation, action and next observation are a step of the robot's, with that
+    reward and end."""
+    robot = helpers.Drift()
     for tier in TIERS:
-        with np.load(data / f"{tier}.npz") as file:
-            arrays = dict(file)
+        arrays = load(data / f"{tier}.npz")
         ends = arrays["terminations"] | arrays["truncations"]
-        row = np.arange(len(ends)) + np.concatenate([[0], np.cumsum(ends)[:-1]])  # of each step's observation
-        for step in np.linspace(0, len(ends) - 1, 20).astype(int):
-            obs, next_obs = arrays["observations"][row[step]], arrays["observations"][row[step] + 1]
-            env.set_state(obs[:2], obs[2:])
-            seen, reward, terminated, _, _ = env.step(arrays["actions"][step])
-            np.testing.assert_allclose(seen, next_obs, rtol=1e-3, atol=1e-4)
-            assert reward == arrays["rewards"][step] and terminated == arrays["terminations"][step]
+        rows = np.arange(len(ends)) + np.concatenate([[0], np.cumsum(ends)[:-1]])
+        for step, row in enumerate(rows):
+            robot.position = arrays["observations"][row, :2]
+            obs, reward, terminated, *_ = robot.step(arrays["actions"][step])
+            np.testing.assert_allclose(obs, arrays["observations"][row + 1], rtol=1e-4, atol=1e-6)
+            assert reward == pytest.approx(arrays["rewards"][step], rel=1e-4, abs=1e-6)
+            assert terminated == arrays["terminations"][step]
 
 
 def test_manifest(data):
     manifest = json.loads((data / "manifest.json").read_text())
     assert manifest["env_id"] == ENV and manifest["seed"] == 1
-    assert manifest["command"].startswith("python ") and f"--env={ENV}" in manifest["command"]
+    assert manifest["command"].startswith("python ") and f"--env {ENV}" in manifest["command"]
     assert manifest["arguments"]["num_pairs"] == 60 and manifest["arguments"]["hidden"] == [8]
     assert manifest["counts"] == {"pairs": 60, "segment_length": 3}
     assert set(manifest["versions"]) == {"python", "gymnasium", "mujoco", "numpy", "torch"}
     assert list(manifest["tiers"]) == list(manifest["checkpoint_steps"]) == TIERS
     assert set(manifest["checkpoint_steps"].values()) <= set(range(50, 301, 50))
-    assert manifest["sha256"] == {name: hashlib.sha256(raw).hexdigest() for name, raw in data_files(data).items()}
+    hashes = {name: hashlib.sha256(raw).hexdigest() for name, raw in data_files(data).items()}
+    assert manifest["sha256"] == hashes
     for tier, row in manifest["tiers"].items():
-        with np.load(data / f"{tier}.npz") as file:
-            ends = np.flatnonzero(file["terminations"] | file["truncations"])
-            returns = [part.sum() for part in np.split(file["rewards"].astype(float), ends[:-1] + 1)]
-        assert (row["episodes"], row["steps"]) == (len(ends), ends[-1] + 1)
-        assert (row["return_mean"], row["return_std"]) == pytest.approx((np.mean(returns), np.std(returns)))
+        arrays = load(data / f"{tier}.npz")
+        ends = lengths_of(arrays).cumsum()
+        returns = [part.sum() for part in np.split(arrays["rewards"].astype(float), ends[:-1])]
+        assert (row["episodes"], row["steps"]) == (len(ends), ends[-1])
+        assert row["return_mean"] == pytest.approx(np.mean(returns), rel=1e-4)
+        assert row["return_std"] == pytest.approx(np.std(returns), rel=1e-4)
+    low, medium, high = (manifest["tiers"][tier]["return_mean"] for tier in TIERS)
+    assert low < medium <= high < 0  # negative returns, and in order
 
 
-def test_pairs_lie_inside_episodes(data):
-    pairs = read_pairs(data)
-    assert len(pairs) == 60
+def test_pairs_lie_inside_episodes_and_the_learner_reads_them(data):
+    rows = read_pairs(data)
     columns = [f"{key}_{side}" for side in "ab" for key in ("tier", "episode", "start", "length")]
-    assert list(pairs[0]) == [*columns, "label"]
-    lengths = {}
-    for tier in ("low", "medium"):
-        with np.load(data / f"{tier}.npz") as file:
-            lengths[tier] = np.diff(np.flatnonzero(file["terminations"] | file["truncations"]), prepend=-1)
-    for pair in pairs:
-        assert {pair["tier_a"], pair["tier_b"]} == {"medium", "low"}
-        for side in "ab":
-            start, length = int(pair[f"start_{side}"]), int(pair[f"length_{side}"])
-            assert length == 3
-            assert 0 <= start <= lengths[pair[f"tier_{side}"]][int(pair[f"episode_{side}"])] - length
-    assert medium_wins(pairs).all()
-    assert 15 <= sum(pair["label"] == "1" for pair in pairs) <= 45  # either side, at random
-
-
-def test_the_learner_reads_it(data):
+    assert list(rows[0]) == [*columns, "label"] and len(rows) == 60
+    assert medium_wins(rows).all() and 15 <= sum(row["label"] == "1" for row in rows) <= 45
     env = aihf.make_env(ENV)
-    tiers = {tier: aihf.load_trajectories(data / f"{tier}.npz", env, "") for tier in TIERS}
-    with np.load(data / "high.npz") as file:
-        np.testing.assert_allclose(3 * tiers["high"].actions, file["actions"], atol=1e-6)
-    pairs = aihf.load_pairs(data / "pairs.csv", tiers, 3, "")
-    assert len(pairs) == 60 and {(preferred[0], other[0]) for preferred, other in pairs} == {("medium", "low")}
-
-
-def episodes_of(lengths: list[int]) -> list:
-    return [
-        mujoco_data.Episode(np.zeros((n + 1, 4)), np.zeros((n, 1)), np.ones(n), terminated=n % 2 == 0) for n in lengths
-    ]
+    tiers = {tier: read.episodes(data / f"{tier}.npz", env) for tier in TIERS}
+    actions = env.unwrapped.action_space.low + (tiers["high"].actions + 1) * [0.75, 1.5]
+    np.testing.assert_allclose(actions, load(data / "high.npz")["actions"], atol=1e-6)
+    pairs = read.pairs(data, tiers, 3)  # checks that they lie inside episodes
+    assert len(pairs) == 60 and {(a[0], b[0]) for a, b in pairs} == {("medium", "low")}
 
 
 @pytest.mark.parametrize("noise, low, high", [(0.0, 0.0, 0.0), (0.25, 0.22, 0.28), (1.0, 1.0, 1.0)])
 def test_labels(noise, low, high):
-    """The share of labels against the medium segment is the noise; which side that is on is a coin's throw."""
-    rng = np.random.default_rng(0)
-    pairs = mujoco_data.draw_pairs(episodes_of([9, 30]), episodes_of([5, 4, 12]), 5, 4000, noise, rng)
+    """The share of labels against the medium segment is the noise; which side that is on is a
+    coin's throw; every start there is, and no other, is drawn."""
+    rng, lengths = np.random.default_rng(0), {"medium": [9, 30], "low": [5, 4, 12]}
+    pairs = mujoco_data.draw_pairs(lengths, 5, 4000, noise, rng)
     assert low <= 1 - medium_wins(pairs).mean() <= high
     assert 0.47 < np.mean([pair["tier_a"] == "medium" for pair in pairs]) < 0.53
     assert 0.47 < np.mean([pair["label"] for pair in pairs]) < 0.53
-    starts = {(tier, episode): set() for tier, episode in (("medium", 0), ("medium", 1), ("low", 0), ("low", 2))}
+    starts = {}
     for pair in pairs:
         for side in "ab":
-            starts[pair[f"tier_{side}"], pair[f"episode_{side}"]].add(pair[f"start_{side}"])  # never low 1: too short
-    expected = {("medium", 0): 5, ("medium", 1): 26, ("low", 0): 1, ("low", 2): 8}  # every start, and no other
-    assert starts == {key: set(range(count)) for key, count in expected.items()}
-
-
-def test_label_noise_reaches_the_file(tmp_path, data):
-    noisy = make(tmp_path, label_noise=1)
-    assert not medium_wins(read_pairs(noisy)).any()
-    assert (noisy / "low.npz").read_bytes() == (data / "low.npz").read_bytes()
+            key = pair[f"tier_{side}"], pair[f"episode_{side}"]
+            starts.setdefault(key, set()).add(pair[f"start_{side}"])
+    counts = {("medium", 0): 5, ("medium", 1): 26, ("low", 0): 1, ("low", 2): 8}  # low 1: too short
+    assert starts == {key: set(range(count)) for key, count in counts.items()}
 
 
 def test_same_seed_same_bytes_and_another_seed_differs(tmp_path, data):
-    assert data_files(make(tmp_path)) == data_files(data)
-    assert data_files(make(tmp_path)) == data_files(data)  # once more, of the finished training
-    (tmp_path / "second").mkdir()
+    assert data_files(make(tmp_path / "first")) == data_files(data)
     second = data_files(make(tmp_path / "second", seed=2))
     assert all(second[name] != raw for name, raw in data_files(data).items())
 
@@ -232,171 +213,202 @@ def test_step_limit(tmp_path):
     """No episode is begun in a tier that has its steps."""
     folder = make(tmp_path, episodes_per_tier=50, max_steps_per_tier=20)
     for tier in TIERS:
-        with np.load(folder / f"{tier}.npz") as file:
-            lengths = np.diff(np.flatnonzero(file["terminations"] | file["truncations"]), prepend=-1)
+        lengths = lengths_of(load(folder / f"{tier}.npz"))
         assert lengths.sum() >= 20 > lengths[:-1].sum()
 
 
-# Runs the script and kills this very process at one exact moment.
-DRIVER = """
-import io, os, runpy, signal, sys
-import numpy, torch
-script, moment, sys.argv[1:] = sys.argv[1], sys.argv[2], sys.argv[3:]
-sys.argv[0] = script
-kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
-calls = dict.fromkeys(["update", "save", "write"], 0)
-save, savez = torch.save, numpy.savez_compressed
-
-def counted(name, stop_at, do):
-    calls[name] += 1
-    if moment == name and calls[name] == stop_at:
-        do()
-
-def half_save(state, path):
-    def half():
-        whole = io.BytesIO()
-        save(state, whole)
-        with open(path, "wb") as file:
-            file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
-        kill()
-    counted("save", 2, half)
-    save(state, path)
-
-def half_savez(file, **arrays):
-    def half():
-        file.write(b"PK")
-        file.flush()
-        kill()
-    counted("write", 2, half)
-    savez(file, **arrays)
-
-torch.compile = lambda update, **kwargs: lambda *args: (counted("update", 230, kill), update(*args))[1]
-torch.save, numpy.savez_compressed = half_save, half_savez
-runpy.run_path(script, run_name="__main__")
-"""
+def test_a_fall_at_the_time_limit_is_a_fall():
+    env = SimpleNamespace(action_space=gym.spaces.Box(-1, 1, (1,)), action=lambda action: action)
+    env.reset = lambda seed: (np.zeros(2), {})
+    env.step = lambda action: (np.ones(2), 1.0, True, True, {})
+    episode = mujoco_data.record(env, None, np.random.default_rng(0))
+    assert episode["terminations"].tolist() == [True]
+    assert episode["truncations"].tolist() == [False]
 
 
-@pytest.mark.parametrize("moment, updates_left", [("update", 50), ("save", 50), ("write", 0)])
-def test_kill_and_run_again(tmp_path, data, monkeypatch, moment, updates_left):
-    """Killed between two states, with half a state on disk, or with half a data set: the same command carries on."""
-    (tmp_path / "driver.py").write_text(DRIVER)
-    argv = [sys.executable, "driver.py", SCRIPT, moment, *command(tmp_path, "--compile")]
-    done = subprocess.run(list(map(str, argv)), cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (tmp_path / "data" / "manifest.json").exists() and (tmp_path / "work" / "state.pt").exists()
-    assert not any((tmp_path / "data" / f"{tier}.npz").exists() for tier in TIERS)
+# ----------------------------------------------------------------------------------- the tiers
+def pick(monkeypatch, env: str, random: float, planted: list[tuple], **flags) -> dict:
+    """Mean returns of the tiers picked from planted candidates: (three-episode return, the return
+    of each further episode)."""
 
-    calls = []
-    monkeypatch.setattr(torch, "compile", lambda update, **_: lambda *args: calls.append(None) or update(*args))
-    assert data_files(make(tmp_path, "--compile")) == data_files(data)
-    assert len(calls) == 1 + updates_left  # the warm-up, and what the last state had not seen
+    def record(env, actor, rng):
+        return {"rewards": np.array([random if actor is None else actor.true]), "actions": [0]}
+
+    actor = SimpleNamespace()
+    actor.load_state_dict = lambda policy: setattr(actor, "true", policy)
+    monkeypatch.setattr(mujoco_data, "record", record)
+    candidates = [(step, score, true) for step, (score, true) in enumerate(planted)]
+    args = mujoco_data.Args(env=env, episodes_per_tier=2, **flags)
+    tiers, steps, random_return = mujoco_data.pick_tiers(args, None, actor, candidates)
+    assert list(tiers) == list(steps) == TIERS and random_return == pytest.approx(random)
+    means = {tier: mujoco_data.returns(tiers[tier]).mean() for tier in TIERS}
+    assert means == {tier: planted[step][1] for tier, step in steps.items()}
+    return means
+
+
+@pytest.mark.parametrize(
+    "env, random, best, wanted",
+    [
+        ("Hopper-v4", 15, 4000, (0.66 * 3560, 0.85 * 3560, 3560)),  # Table 1's
+        ("HalfCheetah-v4", -280, 12_000, (0.62 * 11635, 0.81 * 11635, 11635)),
+        ("Walker2d-v4", 2, 4300, (0.72 * 4300, 0.93 * 4300, 4300)),  # the paper's is not reached
+        ("Reacher-v5", -43, -3, (-43 + 0.66 * 40, -43 + 0.85 * 40, -3)),
+        ("Pusher-v5", -150, -30, (-150 + 0.66 * 120, -150 + 0.85 * 120, -30)),
+    ],
+)
+def test_tiers_are_shares_of_the_way_from_a_random_policy(monkeypatch, env, random, best, wanted):
+    planted = [(x, x) for x in np.linspace(random, best, 1001)]
+    means = pick(monkeypatch, env, random, planted)
+    assert list(means.values()) == pytest.approx(wanted, abs=0.011 * (best - random))
+
+
+def test_targets_given(monkeypatch):
+    planted = [(x, x) for x in range(-50, 0)]
+    means = pick(monkeypatch, "Reacher-v5", -43.0, planted, tier_targets=(-30.2, -20.0, -9.9))
+    assert means == {"low": -30, "medium": -20, "high": -10}
+
+
+def test_tiers_are_in_order_or_an_error(monkeypatch):
+    """Three-episode returns promise an order that the tiers' own episodes do not keep."""
+    planted = [(-31, -31), (-33, -32), (-35, -29)]  # high, medium and, better than both, low
+    with pytest.raises(ValueError, match="no policy for the low tier"):
+        pick(monkeypatch, "Reacher-v5", -43.0, planted)
+    means = pick(monkeypatch, "Reacher-v5", -43.0, [*planted, (-40, -35)])
+    assert means == {"low": -35, "medium": -32, "high": -31}
+    equal = pick(monkeypatch, "Reacher-v5", -43.0, [(-31, -31), (-40, -35)])
+    assert equal == {"low": -35, "medium": -31, "high": -31}
+
+
+def test_tiers_out_of_order_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(mujoco_data, "returns", lambda episodes: np.full(len(episodes), -1.0))
+    result = execute(tmp_path)
+    helpers.assert_one_line_error(result, "no policy for the low tier", "--tier-targets")
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_the_expert_learns_the_true_reward(tmp_path):
+    """Drift pays its second position, which actions push up: at most 4.7 in an episode."""
+    learning = {"total_timesteps": 450, "learning_starts": 50, "tau": 0.05, "hidden": 16}
+    folder = make(tmp_path, **learning, checkpoint_every=50, learning_rate=0.01)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["random_return"] < -1 and manifest["tiers"]["high"]["return_mean"] > 2
+
+
+# ------------------------------------------------------------------- interrupted and carried on
+@pytest.mark.parametrize(
+    "function, call, updates_left",
+    [
+        ("torch.stack", 130, 50),  # an update between the two checkpoints
+        ("os.replace", 1, 150),  # with the first checkpoint not yet in place
+        ("os.replace", 2, 50),  # the second
+        ("os.replace", 4, 0),  # with a part of the data
+    ],
+)
+def test_kill_and_run_again(tmp_path, data, updates, function, call, updates_left):
+    result = helpers.killed_at(function, call, SCRIPT, command(tmp_path), tmp_path)
+    assert result[0] == -signal.SIGKILL, result
+    assert not (tmp_path / "data" / "manifest.json").exists()
+    assert data_files(make(tmp_path)) == data_files(data) and len(updates) == updates_left
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["checkpoint.pt"]
+
+
+def test_other_tiers_and_pairs_need_no_new_training(tmp_path, data, updates):
+    """A segment longer than every episode is known after the training; its remedy is at once."""
+    result = execute(tmp_path, segment_length=50)
+    helpers.assert_one_line_error(result, "12 steps", "smaller --segment-length than 50")
+    assert len(updates) == 150 and not list((tmp_path / "data").iterdir())
+    assert data_files(make(tmp_path)) == data_files(data)
+    changed = {"segment_length": 2, "num_pairs": 9, "label_noise": 1}
+    make(tmp_path, output_dir=tmp_path / "other", **changed)
+    pairs = read_pairs(tmp_path / "other")
+    assert len(pairs) == 9 and not medium_wins(pairs).any() and pairs[0]["length_a"] == "2"
+    for tier in TIERS:
+        name = f"{tier}.npz"
+        assert (tmp_path / "other" / name).read_bytes() == (data / name).read_bytes()
+    make(tmp_path, episodes_per_tier=2, tier_targets=(-2.0, -1.0, 0.0))
+    assert len(updates) == 150
+
+
+# ------------------------------------------------------------------------------------ bad input
+POSITIVE = "episodes_per_tier max_steps_per_tier segment_length num_pairs checkpoint_every "
+POSITIVE += "batch_size threads learning_starts hidden"
 
 
 @pytest.mark.parametrize(
     "changes, fragment",
     [
-        *(({name: 0}, f"--{name.replace('_', '-')}") for name in ("episodes_per_tier", "max_steps_per_tier")),
-        *(({name: 0}, f"--{name.replace('_', '-')}") for name in ("segment_length", "num_pairs", "checkpoint_every")),
-        *(
-            ({name: 0}, f"--{name.replace('_', '-')}")
-            for name in ("batch_size", "threads", "learning_starts", "hidden")
-        ),
-        *(({name: value}, "--learning-rate") for name in ("learning_rate",) for value in (0, -1, "nan", "inf")),
+        *(({name: 0}, f"--{name.replace('_', '-')}") for name in POSITIVE.split()),
+        *(({"learning_rate": value}, "--learning-rate") for value in (0, -1, "nan", "inf")),
         *(({"label_noise": value}, "--label-noise") for value in (-0.1, 1.1, "nan")),
         *(({"gamma": value}, "--gamma") for value in (-0.1, 1.1, "nan")),
         *(({"tau": value}, "--tau") for value in (0, 1.1, "nan")),
-        *(({"tier_targets": value}, "--tier-targets") for value in ((1, 2), (3, 2, 1), (1, 2, 3, 4), (1, "nan", 3))),
+        *(
+            ({"tier_targets": value}, "--tier-targets")
+            for value in ((1, 2), (3, 2, 1), (1, 1, 2), (1, 2, 3, 4), (1, "nan", 3))
+        ),
         ({"total_timesteps": -50}, "--total-timesteps"),
         ({"total_timesteps": 325}, "--total-timesteps"),
+        ({"total_timesteps": 10**15}, "Memory"),
         ({"checkpoint_every": 75}, "--checkpoint-every"),
         ({"learning_starts": 75}, "--learning-starts"),
         ({"seed": -1}, "--seed"),
-        ({"env": "NoSuchRobot-v4"}, "NoSuchRobot-v4"),
-        ({"env": "Hopper-v3"}, "Hopper-v3"),
+        ({"seed": 2**64}, "--seed"),
+        ({"env": "NoSuchRobot-v4"}, "NoSuchRobot"),
+        ({"env": "Hopper-v3"}, "v3"),
         ({"env": "CartPole-v1"}, "CartPole-v1"),
         ({"env": "Pendulum-v1"}, "Pendulum-v1"),
         # The default for Hopper is 400,000 steps, which is no multiple of 30,000.
-        ({"env": "Hopper-v4", "total_timesteps": 0, "checkpoint_every": 30_000}, "--checkpoint-every"),
+        ({"env": "Hopper-v4", "total_timesteps": 0, "checkpoint_every": 30_000}, "--checkpoint-"),
+        ({"output_dir": "file"}, "file"),
+        ({"work_dir": "file"}, "file"),
+        ({"output_dir": "file/below"}, "file"),
+        ({"output_dir": "/proc"}, "Error"),  # there, but not even root can write into it
     ],
-    ids=lambda value: str(value)[:50],
+    ids=str,
 )
-def test_bad_arguments(tmp_path, monkeypatch, changes, fragment):
-    def no_training(*args, **kwargs):
-        raise AssertionError("accepted: training begins")
-
-    monkeypatch.setattr(gym.wrappers.RescaleAction, "reset", no_training, raising=False)
-    assert_refused(execute(tmp_path, command(tmp_path, **changes)), fragment)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", ["work", "data"])
-def test_folder_is_a_file(tmp_path, monkeypatch, name):
+def test_bad_arguments(tmp_path, no_training, changes, fragment):
     """Known before the training, not after it."""
-
-    def no_training(*args, **kwargs):
-        raise AssertionError("accepted: training begins")
-
-    monkeypatch.setattr(gym.wrappers.RescaleAction, "reset", no_training, raising=False)
-    (tmp_path / name).write_text("a file")
-    assert_refused(execute(tmp_path, command(tmp_path)), name)
+    (tmp_path / "file").write_text("a file")
+    helpers.assert_one_line_error(execute(tmp_path, **changes), fragment)
+    assert [name for name in helpers.files(tmp_path)] == ["file"]
 
 
-def test_segment_longer_than_every_episode(tmp_path, data):
-    make(tmp_path)  # so that only the pairs are left to do
-    before = data_files(tmp_path / "data")
-    code, _, err = execute(tmp_path, command(tmp_path, segment_length=5000))
-    assert code == 2 and "error: " in err  # of other arguments than the work folder's, at the latest
-    (tmp_path / "second").mkdir()
-    code, _, err = execute(tmp_path, command(tmp_path / "second", segment_length=5000))
-    assert code == 2 and "--segment-length" in err.splitlines()[-1]
-    assert not (tmp_path / "second" / "data").exists()
-    assert data_files(tmp_path / "data") == before
-
-
-def test_work_folder_of_another_run(tmp_path):
-    make(tmp_path)
-    before = data_files(tmp_path / "data")
-    assert_refused(execute(tmp_path, command(tmp_path, learning_rate=0.002)), "state.pt", "--work-dir")
-    assert data_files(tmp_path / "data") == before
-
-
-@pytest.mark.parametrize("content", [b"", b"hello", None], ids=["empty", "text", "other"])
-def test_damaged_state(tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"hello", {"model": torch.zeros(3)}, None], ids=str)
+def test_work_folder_damaged_or_of_another_run(tmp_path, no_training, content):
     (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "state.pt").write_bytes(content or b"")
-    if content is None:
-        torch.save({"model": torch.zeros(3)}, tmp_path / "work" / "state.pt")
-    assert_refused(execute(tmp_path, command(tmp_path)), "state.pt")
+    if isinstance(content, bytes):
+        (tmp_path / "work" / "checkpoint.pt").write_bytes(content)
+    else:
+        args = mujoco_data.Args(env=ENV)
+        other = {"script": mujoco_data.SCRIPT, "recipe": mujoco_data.recipe(args)}
+        torch.save(content or other, tmp_path / "work" / "checkpoint.pt")
+    helpers.assert_one_line_error(execute(tmp_path), "work")
     assert not (tmp_path / "data").exists()
 
 
-# ------------------------------------------------------------------------------------------- what the repository holds
-FOLDERS = sorted(path.name for path in ASSETS.iterdir() if path.is_dir()) if ASSETS.is_dir() else []
-
-
-def test_there_are_embedded_data_sets():
-    assert "Hopper-v4" in FOLDERS
+# --------------------------------------------------------------------- what the repository holds
+FOLDERS = sorted(path.name for path in ASSETS.iterdir())
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_embedded_data_set(name):
+    assert "Hopper-v4" in FOLDERS
     folder = ASSETS / name
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["env_id"] == name
-    assert manifest["sha256"] == {file: hashlib.sha256(raw).hexdigest() for file, raw in data_files(folder).items()}
+    hashes = {name: hashlib.sha256(raw).hexdigest() for name, raw in data_files(folder).items()}
+    assert manifest["env_id"] == name and manifest["sha256"] == hashes
     assert list(manifest["tiers"]) == TIERS
     low, medium, high = (manifest["tiers"][tier]["return_mean"] for tier in TIERS)
     assert low < medium < high
 
     env = aihf.make_env(name)
-    tiers = {tier: aihf.load_trajectories(folder / f"{tier}.npz", env, "") for tier in TIERS}
+    tiers = {tier: read.episodes(folder / f"{tier}.npz", env) for tier in TIERS}
     for tier, row in manifest["tiers"].items():
-        assert (row["episodes"], row["steps"]) == (len(tiers[tier].lengths), tiers[tier].lengths.sum())
-        assert np.abs(tiers[tier].actions).max() <= 1
-        with np.load(folder / f"{tier}.npz", allow_pickle=False) as file:
-            assert file["rewards"].sum(dtype=float) / row["episodes"] == pytest.approx(row["return_mean"], rel=1e-4)
-    pairs = aihf.load_pairs(folder / "pairs.csv", tiers, manifest["counts"]["segment_length"], "")
+        lengths, rewards = tiers[tier].lengths, load(folder / f"{tier}.npz")["rewards"]
+        assert (row["episodes"], row["steps"]) == (len(lengths), lengths.sum())
+        mean = rewards.sum(dtype=float) / len(lengths)
+        assert mean == pytest.approx(row["return_mean"], rel=1e-4)
+    assert manifest["counts"]["segment_length"] == aihf.Args().segment_length
+    pairs = read.pairs(folder, tiers, aihf.Args().segment_length)
     assert len(pairs) == manifest["counts"]["pairs"]
-    if manifest["arguments"]["label_noise"] == 0:
-        assert {(preferred[0], other[0]) for preferred, other in pairs} == {("medium", "low")}
-    aihf.load_pairs(folder / "pairs.csv", tiers, aihf.Args().segment_length, "")  # long enough for the default
+    assert {(preferred[0], other[0]) for preferred, other in pairs} == {("medium", "low")}

@@ -1,17 +1,22 @@
-"""README.md against the code: its commands parse, its links lead somewhere, its extras exist.
+"""The READMEs against the code: commands parse, links lead somewhere, names, numbers and budgets
+hold.
 
 python -m pytest tests/test_readme.py
 """
 
 import ast
 import contextlib
+import csv
 import importlib.util
 import io
-import itertools
+import os
 import re
 import shlex
+import shutil
+import statistics
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,125 +29,127 @@ except ImportError:  # Python 3.10, where pytest brings this one along
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
-TEXT = README.read_text() if README.is_file() else ""
-BLOCKS = [body for language, body in FENCE.findall(TEXT) if language in ("bash", "sh", "shell", "console")]
-PROSE = re.sub(r"`[^`\n]*`", "``", FENCE.sub("", TEXT))  # without code
+PAGES = [README, ROOT / "benchmark/README.md", ROOT / "data_gen/README.md"]
+NOTES = sorted((ROOT / "benchmark/tuning").glob("*.md"))
+BUDGETS = {  # lines, at most
+    "aihf_sac_mujoco.py": 520,
+    "aihf_ppo_llm.py": 725,
+    "aihf_dpo_llm.py": 480,
+    "rlhf_baseline.py": 1290,
+    "data_gen/read.py": 390,
+    "benchmark/plot.py": 90,
+}
+FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.M | re.S)
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def commands(block: str) -> list[list[str]]:
-    """The words of each command of a bash block; a `for` loop's variable takes each of its values in turn."""
-    block = re.sub(r"\\\n\s*", " ", block)
-    loops = {name: values.split() for name, values in re.findall(r"\bfor (\w+) in ([^;\n]+?)\s*[;\n]\s*do\b", block)}
-    found = []
-    for line in block.splitlines():
-        lexer = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars=";&|")
-        lexer.whitespace_split = True
-        separators = {"&&", "||", ";", "&", "|", "do"}
-        parts = [list(part) for end, part in itertools.groupby(lexer, separators.__contains__) if not end]
-        for part in parts:
-            while part and (re.fullmatch(r"\w+=.*", part[0]) or part[0] in ("do", "nohup", "time", "")):
-                part = part[1:]
-            used = [name for name in loops if re.search(rf"\$\{{?{name}\b", " ".join(part))]
-            for values in itertools.product(*(loops[name] for name in used)):
-                filled = part
-                for name, value in zip(used, values):
-                    filled = [re.sub(rf"\$(?:{name}\b|\{{{name}\}})", value, word) for word in filled]
-                found.append(filled)
+def text(page: Path) -> str:
+    return page.read_text() if page.is_file() else ""
+
+
+def commands(page: str) -> list[list[str]]:
+    """The words of each command in a page: of bash blocks, and of `code` that begins as one."""
+    blocks = [body for language, body in FENCE.findall(page) if language == "bash"]
+    inline = re.findall(r"`((?:python|bash|pip|torchrun) [^`\n]+)`", FENCE.sub("", page))
+    lines = [*re.sub(r"\\\n\s*", " ", "\n".join(blocks)).splitlines(), *inline]
+    found = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines]
     return [words for words in found if words]
 
 
-COMMANDS = [words for block in BLOCKS for words in commands(block)]
-SCRIPTS = [words[1:] for words in COMMANDS if words[0] in ("python", "python3") and words[1:] and words[1][0] != "-"]
-PIPS = [words for words in COMMANDS if "pip" in words[:3] and "install" in words]
+COMMANDS = [words for page in (*PAGES, *NOTES) for words in commands(text(page))]
+PIPS = [words for words in COMMANDS if words[0] == "pip"]
+SCRIPTS = {" ".join(words): words for words in COMMANDS if words[0] in ("python", "torchrun")}
 
 
-def test_readme_has_commands():
-    assert README.is_file(), "there is no README.md"
-    assert BLOCKS, "README.md has no ```bash block"
-    assert SCRIPTS, "no ```bash block of README.md has a line that begins with `python <script>.py`"
-    assert PIPS, "no ```bash block of README.md installs anything with pip"
-
-
-def test_nothing_is_left_to_fill_in():
-    """Neither in README.md nor in a script's header: no line that is a placeholder in capitals, no TODO."""
-    for path in (README, *ROOT.glob("*.py"), *ROOT.glob("data_gen/*.py")):
-        left = re.findall(r"^[ \t]*[A-Z]+(?:_[A-Z]+)+[ \t]*$|\bTODO\b|_TODO\b", path.read_text(), re.MULTILINE)
-        assert not left, f"{path.name} still holds {left}"
-
-
-def test_commands_are_read_as_bash_would():
-    """The reader above, on what it has to understand."""
-    block = """# a comment
-for s in 1 2; do
-  A=1 python x.py --seed $s \\
-    --name 'a b'  # twice
-done
-cd x && pip install y; ls
-"""
-    assert commands(block) == [
-        ["for", "s", "in", "1", "2"],
-        ["python", "x.py", "--seed", "1", "--name", "a b"],
-        ["python", "x.py", "--seed", "2", "--name", "a b"],
-        ["done"],
-        ["cd", "x"],
-        ["pip", "install", "y"],
-        ["ls"],
-    ]
-    one_line = "for e in A B; do python x.py --env ${e}-v4; done"
-    assert [words for words in commands(one_line) if words[0] == "python"] == [
-        ["python", "x.py", "--env", "A-v4"],
-        ["python", "x.py", "--env", "B-v4"],
-    ]
-
-
-def parse(path: Path, argv: list[str]):
-    """What the script's own first call of tyro.cli would make of these arguments; the script is not run."""
-    calls = [
-        node
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "tyro.cli"
-    ]
-    assert calls, f"{path.name} does not read its arguments with tyro"
+@cache
+def module_of(path: Path):
     spec = importlib.util.spec_from_file_location(f"readme_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look for their types
-    try:
-        spec.loader.exec_module(module)
-        return tyro.cli(eval(ast.unparse(calls[0].args[0]), vars(module)), args=argv)
-    finally:
-        del sys.modules[spec.name]
+    spec.loader.exec_module(module)
+    return module
 
 
-@pytest.mark.parametrize("words", SCRIPTS, ids=" ".join)
-def test_command_parses(words):
-    path = ROOT / words[0]
-    assert path.is_file(), f"README.md runs {words[0]}, which is not there"
-    argv = list(itertools.takewhile(lambda word: not re.fullmatch(r"\d?>.*|<.*", word), words[1:]))
+def parse(words: list[str]):
+    """What a script's own dataclass of arguments makes of a command; the script is not run."""
+    script = next(n for n, word in enumerate(words) if word.endswith(".py"))
+    path, argv = ROOT / words[script], words[script + 1 :]
+    assert path.is_file(), f"{path} is not there"
+    if "tyro" not in path.read_text():
+        assert not argv, f"{path.name} takes no arguments"
+        return None
+    module = module_of(path)
+    if hasattr(module, "MujocoArgs"):
+        kind, *argv = {"mujoco": module.MujocoArgs, "llm": module.LlmArgs}[argv[0]], *argv[1:]
+    elif hasattr(module, "Args"):
+        kind = module.Args
+    else:  # a union of subcommands
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if type(node) is ast.Call]
+        call = next(call for call in calls if ast.unparse(call.func) == "tyro.cli")
+        kind = eval(ast.unparse(call.args[0]), vars(module))
     err = io.StringIO()
     try:
         with contextlib.redirect_stderr(err):
-            parse(path, argv)
+            return tyro.cli(kind, args=argv)
     except SystemExit as stop:
-        assert stop.code == 0, f"python {' '.join(words)}\n{err.getvalue()}"  # 0 is --help
+        assert stop.code == 0, f"{' '.join(words)}\n{err.getvalue()}"  # 0 is --help
+
+
+def test_pages_have_commands():
+    for page in PAGES:
+        assert any(words[0] in ("python", "bash") for words in commands(text(page))), page
+    assert PIPS and COMMANDS[0] != COMMANDS[-1]
+
+
+@pytest.mark.parametrize("words", SCRIPTS.values(), ids=SCRIPTS)
+def test_command_parses(words):
+    parse(words)
 
 
 def test_unknown_flags_are_noticed():
     """The test above can fail."""
-    with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(io.StringIO()):
-        parse(ROOT / "aihf_sac_mujoco.py", ["--no-such-flag", "1"])
-    assert stop.value.code == 2
-    assert parse(ROOT / "aihf_sac_mujoco.py", ["--seed", "7"]).seed == 7
+    with pytest.raises(AssertionError, match="no-such-flag"):
+        parse("python aihf_sac_mujoco.py --no-such-flag 1".split())
+    assert parse("torchrun --nproc-per-node 2 aihf_sac_mujoco.py --seed 7".split()).seed == 7
+
+
+@pytest.mark.parametrize("script", ["main_job.sh", "figure3.sh", "llm.sh"])
+def test_benchmark_scripts_give_flags_that_exist(script, tmp_path):
+    """Run with a `python` that only notes what it was asked."""
+    (tmp_path / "bin").mkdir()
+    stub = tmp_path / "bin/python"
+    stub.write_text('#!/bin/bash\necho "$*" >>"$NOTES"\n')
+    stub.chmod(0o755)
+    (tmp_path / "benchmark").mkdir()
+    shutil.copy(ROOT / "benchmark" / script, tmp_path / "benchmark")
+    env = {**os.environ, "PATH": f"{stub.parent}:{os.environ['PATH']}", "JOBS": "1"}
+    env["NOTES"] = str(tmp_path / "notes")
+    subprocess.run(["bash", tmp_path / "benchmark" / script], env=env, check=True)
+    asked = (tmp_path / "notes").read_text().splitlines()
+    assert len(asked) >= 9
+    for line in sorted(set(asked)):  # a run that several figures need is skipped when it is there
+        parse(["python", *line.split()])
+
+
+@pytest.mark.parametrize(
+    "script", [name for name in BUDGETS if name.startswith(("aihf", "rlhf"))], ids=str
+)
+def test_presets_are_flags_that_exist(script):
+    for preset in getattr(module_of(ROOT / script), "PRESETS", {}).values():
+        kinds = ("mujoco", "llm") if script.startswith("rlhf") else ("",)
+        parsed = 0
+        for kind in kinds:
+            with contextlib.suppress(AssertionError):
+                parse(["python", script, *kind.split(), *preset.split()])
+                parsed += 1
+        assert parsed, f"{script} does not take its own preset {preset}"
 
 
 @pytest.mark.parametrize("words", PIPS, ids=" ".join)
 def test_extras_exist(words):
     extras = PYPROJECT["project"]["optional-dependencies"]
-    for word in words:
-        named = re.fullmatch(r"(?:\.|aihf)\[([^\]]*)\]", word)
-        for extra in named[1].split(",") if named else ():
-            assert extra.strip() in extras, f"pyproject.toml has no extra {extra!r}: {', '.join(extras)}"
+    for named in re.findall(r"\[([^\]]*)\]", " ".join(words)):
+        assert set(named.split(",")) <= set(extras)
 
 
 def slug(heading: str) -> str:
@@ -150,32 +157,114 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
-LINKS = [*re.findall(r"\]\(\s*<?([^)\s>]+)", PROSE), *re.findall(r"(?:src|href)=[\"']([^\"']+)", PROSE)]
-LINKS += re.findall(r"^\[[^\]]+\]:\s*(\S+)", PROSE, re.MULTILINE)
-INSIDE = sorted({link for link in LINKS if not re.match(r"[a-z]+:", link)})
+@pytest.mark.parametrize("page", [*PAGES, *NOTES], ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    prose = re.sub(r"`[^`\n]*`", "``", FENCE.sub("", text(page)))  # without code
+    for link in re.findall(r"\]\(\s*<?([^)\s>]+)", prose):
+        path, _, anchor = link.partition("#")
+        if re.match(r"[a-z]+:", link):
+            continue
+        target = page.parent / path if path else page
+        assert target.exists() and target.resolve().is_relative_to(ROOT.resolve()), link
+        headings = re.findall(r"^#+ +(.*)$", FENCE.sub("", text(target)), re.M) if anchor else []
+        assert not anchor or anchor in map(slug, headings), f"no such heading: {link}"
+    named = re.findall(
+        r"`((?:results|figures|benchmark|data_gen|tuning)/[\w/.]+\.\w+)`", text(page)
+    )
+    for path in named:
+        assert (page.parent / path).exists() or (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("link", INSIDE)
-def test_link_leads_somewhere(link):
-    path, _, anchor = link.partition("#")
-    target = README if not path else ROOT / path
-    assert target.exists(), f"README.md links to {path}, which is not there"
-    assert target.resolve().is_relative_to(ROOT.resolve()), f"README.md links to {path}, outside the repository"
-    if anchor and target.suffix == ".md":
-        headings = re.findall(r"^#+ +(.*)$", FENCE.sub("", target.read_text()), re.MULTILINE)
-        assert anchor in map(slug, headings), f"README.md links to {link}, but there is no such heading"
+def test_budgets():
+    assert README.stat().st_size <= 15_000
+    lines = {name: len((ROOT / name).read_text().splitlines()) for name in BUDGETS}
+    too_long = {name: count for name, count in lines.items() if count > BUDGETS[name]}
+    assert not too_long, f"lines: {too_long}"
+
+
+def test_names_in_read_it_are_the_scripts():
+    rows = re.search(r"^\| paper \|.*?\n\n", text(README), re.M | re.S)[0].splitlines()
+    scripts = [(ROOT / cell.strip(" `")).read_text() for cell in rows[0].strip("|").split("|")[1:]]
+    for row in rows[2:]:
+        for cell, source in zip(row.strip("|").split("|")[1:], scripts):
+            for name in re.findall(r"`([^`]+)`", cell):
+                name = name.removeprefix("--").replace("-", "_") if name[0] == "-" else name
+                assert re.search(rf"(?<!\w){re.escape(name.split('(')[0])}", source), name
+
+
+def test_results_are_those_of_the_committed_runs():
+    """README's table: mean ± std over seeds of the last evaluation."""
+    finals: dict[tuple, list[float]] = {}
+    with open(ROOT / "benchmark/results/figure3_runs.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["variant"] == "default":
+                finals.setdefault((row["env"], row["method"]), []).append(float(row["final"]))
+    last = {}
+    with open(ROOT / "benchmark/results/llm.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["figure"] == "6":
+                last["movie reviews", row["method"], row["seed"]] = float(row["gt_score"])
+    for (world, method, _), score in last.items():
+        finals.setdefault((world, method), []).append(score)
+    robots = ("aihf", "rlhf", "rlhf-no-kl", "bc", "aihf-dpo", "dpo")
+    reviews = ("aihf-ppo", "rlhf", "rlhf-no-kl", "sft", "aihf-dpo", "dpo")
+    rows = re.findall(r"^\| (\S+-v4|movie reviews) \|(.*)\|$", text(README), re.M)
+    assert len(rows) == 4
+    for world, row in rows:
+        methods = robots if world.endswith("v4") else reviews
+        for method, cell in zip(methods, row.split("|")):
+            digits, values = 0 if world.endswith("v4") else 2, finals.get((world, method))
+            found = values and (statistics.mean(values), statistics.pstdev(values))
+            expected = "{:.{d}f} ± {:.{d}f}".format(*found, d=digits) if found else ""
+            assert cell.strip().replace("−", "-") == expected, (world, method)
+
+
+def test_banners_are_the_scripts():
+    told = re.search(r"has the banners (.*?);", text(README), re.S)[1]
+    banners = re.findall(r"`([A-Z][A-Za-z ]+)`", told)
+    assert len(banners) == 5
+    for script in ("aihf_sac_mujoco.py", "aihf_ppo_llm.py"):
+        for banner in banners:
+            assert re.search(rf"# =+ {banner}", text(ROOT / script)), (script, banner)
+
+
+def test_citation_is_the_papers():
+    cited = (ROOT / "CITATION.cff").read_text()
+    title, authors = (
+        re.search(rf" {key} += {{(.*)}},", text(README))[1] for key in ("title", "author")
+    )
+    assert title in cited and all(name.split(",")[0] in cited for name in authors.split(" and "))
+
+
+def test_nothing_is_left_to_fill_in():
+    """Neither on a page nor in a script: no line that is a placeholder in capitals, no to-do."""
+    scripts = [*ROOT.glob("*.py"), *ROOT.glob("data_gen/*.py"), *ROOT.glob("benchmark/*.py")]
+    for path in (*PAGES, *NOTES, *scripts):
+        left = re.findall(r"^[ \t]*[A-Z]+(?:_[A-Z]+)+[ \t]*$|\bTODO\b", text(path), re.M)
+        assert not left, f"{path.name} still holds {left}"
+
+
+def test_no_test_imports_another():
+    for path in ROOT.glob("tests/*.py"):
+        assert not re.search(r"^\s*(?:from|import) test_", path.read_text(), re.M), path.name
 
 
 def test_scripts_are_installed_as_no_module(tmp_path):
-    """`pip install -e .` brings the dependencies and nothing to import: neither a package nor the scripts."""
+    """`pip install -e .` brings the dependencies and nothing to import: neither a package nor the
+    scripts."""
     assert PYPROJECT["tool"]["setuptools"]["py-modules"] == []
     setuptools_dist = pytest.importorskip("setuptools.dist")
     distribution = setuptools_dist.Distribution({"src_root": str(ROOT)})
     distribution.parse_config_files([str(ROOT / "pyproject.toml")])
     distribution.set_defaults()
-    assert not distribution.packages and not distribution.py_modules and not distribution.ext_modules
-    scripts = [path.stem for path in ROOT.glob("*.py")]
-    assert scripts
-    code = "import importlib.util, sys; print([n for n in sys.argv[1:] if importlib.util.find_spec(n)])"
-    argv = [sys.executable, "-I", "-c", code, "aihf", "data_gen", "benchmark", *scripts]
-    assert subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert not distribution.packages and not distribution.py_modules
+    code = "import importlib.util as u, sys; print([n for n in sys.argv[1:] if u.find_spec(n)])"
+    names = ["aihf", "data_gen", "benchmark", *(path.stem for path in ROOT.glob("*.py"))]
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", code, *names],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.strip() == "[]"

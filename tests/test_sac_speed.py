@@ -1,4 +1,5 @@
-"""benchmark/sac_speed.py, without the libraries it measures: its tables, its csv, and what it asks of our own script.
+"""benchmark/sac_speed.py, without the libraries it measures: its tables, its csv, and what it asks
+of our own script.
 
 python -m pytest tests/test_sac_speed.py      (seconds; nothing is trained)
 """
@@ -53,7 +54,9 @@ def test_save_replaces_only_the_rows_of_the_same_networks_and_batch(speed, tmp_p
     assert path.read_text().splitlines()[0] == "library,hidden,batch,round,steps_per_second"
     with open(path, newline="") as file:
         read = [row for row in csv.DictReader(file) if row["library"] == "aihf"]
-    assert [(row["hidden"], row["steps_per_second"]) for row in read] == [("256x256", "2")] * 3 + [("64x64", "3")] * 3
+    assert [(row["hidden"], row["steps_per_second"]) for row in read] == [("256x256", "2")] * 3 + [
+        ("64x64", "3")
+    ] * 3
 
 
 @pytest.mark.parametrize(("library", "iteration"), [("aihf", 5_000), ("aihf-lower-level", 20_000)])
@@ -64,31 +67,40 @@ def test_our_side_is_the_shipped_script_with_flags_it_has(speed, monkeypatch, li
     assert speed.MEMORY == defaults.rollout_memory
 
     def run(script, *flags):
-        """Stands in for the run: what it would log, at 1 step a second while it warms up, then at 300 and 600."""
+        """Stands in for the run: what it would log, at 1 step a second while it warms up, then at
+        300 and 600."""
         asked = tyro.cli(ours.Args, args=flags)
         assert (ROOT / script).is_file() and asked.compile and asked.threads == 1
-        assert (asked.policy_steps_per_iteration, asked.hidden, asked.batch_size) == (iteration, (256, 256), 64)
+        assert (asked.policy_steps_per_iteration, asked.hidden, asked.batch_size) == (
+            iteration,
+            (256, 256),
+            64,
+        )
         first = asked.total_timesteps - 20_000
         assert asked.learning_starts == 49_000 < 50_000 <= first and first % iteration == 0
         folder = Path(asked.runs_dir) / asked.run_name
         folder.mkdir()
-        (folder / "metrics.csv").write_text(
-            f"charts/sac_steps,charts/SPS\n{first},1\n{first + 1},300\n{first + 2},600\n"
-        )
+        rows = ("charts/sac_steps,charts/SPS", "0,", f"{first},1", f"{first + 1},300")
+        (folder / "metrics.csv").write_text("\n".join((*rows, f"{first + 2},600\n")))
         return ""
 
     monkeypatch.setattr(speed, "run", run)
     args = speed.Args(hidden=(256, 256), batch_size=64, steps=20_000)
-    assert speed.measure_ours(library, args, seed=1) == pytest.approx(
-        400
-    )  # 2 iterations of n steps in n / 300 + n / 600 seconds
+    # 2 iterations of n steps in n / 300 + n / 600 seconds
+    assert speed.measure_ours(library, args, seed=1) == pytest.approx(400)
 
 
 def test_missing_libraries_are_one_line_and_exit_code_2(monkeypatch, capsys):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sbx" else find_spec(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "sbx" else find_spec(name)
+    )
     monkeypatch.setattr(sys, "argv", ["sac_speed.py"])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     out, err = capsys.readouterr()
-    assert (end.value.code, out, err.count("\n")) == (2, "", 1) and "pip install -e '.[speed]'" in err and "sbx" in err
+    assert (
+        (end.value.code, out, err.count("\n")) == (2, "", 1)
+        and "pip install -e '.[speed]'" in err
+        and "sbx" in err
+    )

@@ -1,0 +1,390 @@
+"""What every script shares, and nothing of AIHF: data, read and checked, and the folder of a run.
+
+Whatever is wrong is a ValueError that names file and row. Formats: data_gen/README.md.
+"""
+
+import csv
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+# ------------------------------------------------------------------------------------- errors
+@contextmanager
+def input_errors():
+    """Around a script's set-up: whatever goes wrong is one line on stderr and exit code 2. The loop
+    stays outside: a mistake in it keeps its traceback. What a console cannot encode of the texts
+    of data and models is shown replaced from here on."""
+    for stream in (sys.stdout, sys.stderr):
+        getattr(stream, "reconfigure", lambda errors: None)(errors="replace")
+    try:
+        yield
+    except Exception as error:  # libraries raise almost anything on a bad file, name or number
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def one_line(error: BaseException) -> str:
+    """At most 300 characters of the message, after its type where that says more."""
+    message, kinds = " ".join(str(error).split())[:300], (ValueError, ImportError)
+    plain = message and (type(error) in kinds or isinstance(error, ModuleNotFoundError))
+    return message if plain else f"{type(error).__name__}: {message}"
+
+
+def check_numbers(args, may_be_zero: str, unchecked: str = "") -> None:
+    """ValueError unless a dataclass's numbers are finite and positive; those named may be 0."""
+    for name, value in asdict(args).items():
+        zero, checked = name in may_be_zero.split(), name not in unchecked.split()
+        for x in value if isinstance(value, tuple) else (value,):
+            if checked and type(x) in (int, float) and not (0 < x < 2**63 or x == 0 and zero):
+                least = "not negative" if zero else "more than 0"
+                raise ValueError(f"--{name.replace('_', '-')} must be {least} and finite, not {x}")
+
+
+def check_finite(step: int, run_dir: Path, **tensors) -> None:
+    """SystemExit with one line that names the first tensor holding NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            where = f"at step {step}; the last good state is in {run_dir}"
+            raise SystemExit(f"\nerror: {name} is not finite {where}")
+
+
+# -------------------------------------------------------------------------------- run folders
+def write_whole(path: Path, write) -> None:
+    """write(path) to a neighbour of a unique name, a file or folder, flushed to disk and renamed:
+    a reader sees the old one or the new. SystemExit with one line if the disk is full, say."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        if temporary.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except Exception as error:  # torch.save and save_pretrained raise almost anything
+        message = f"cannot write {path} ({one_line(error)}); it is as it was"
+        raise SystemExit(f"\nerror: {message}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
+
+
+def fingerprint(*parts) -> str:
+    """SHA-256 of arrays, tensors, tuples of these, and texts and lists of texts."""
+    digest = hashlib.sha256()
+    for part in parts:
+        arrays = part if isinstance(part, tuple) else (part,)
+        for x in arrays:
+            is_text = isinstance(x, str | list | int)
+            digest.update(repr(x).encode() if is_text else np.asarray(x).tobytes())
+    return digest.hexdigest()
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """A table of numbers whose columns are all keys of the rows, in order of appearance."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [",".join(f"{row[key]:.9g}" if key in row else "" for key in columns) for row in rows]
+    write_whole(path, lambda path: path.write_text("\n".join([",".join(columns), *lines, ""])))
+
+
+def open_run(args, script: str, writes: bool = True) -> Path:
+    """The folder runs_dir/run_name, new or without a checkpoint, or resume's, with args.json. From
+    here on this process alone writes there (of several that make up a run, one writes), and Ctrl-C
+    says how to carry on and exits with 130. ValueError if it is another run's, or in use."""
+    import fcntl
+
+    if args.run_name in (".", "..") or Path(args.run_name).name != args.run_name:
+        raise ValueError(f"--run-name {args.run_name!r} must be a plain name; see --runs-dir")
+    folder = Path(args.resume or Path(args.runs_dir) / args.run_name)
+
+    def interrupt(signum, frame):
+        saved = (folder / "checkpoint.pt").exists()
+        how = f"carry on with: python {script} --resume {folder}" if saved else "nothing is saved"
+        print(f"\nstopped; {how}" if writes else "", flush=True)
+        raise SystemExit(130)
+
+    signal.signal(signal.SIGINT, interrupt)
+    if not writes:
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)  # given back when the process ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process is writing to {folder}") from None
+    if not args.resume and (folder / "checkpoint.pt").exists():
+        raise ValueError(f"{folder} exists; carry it on with --resume {folder}")
+    for left_over in folder.glob(".*.tmp"):
+        shutil.rmtree(left_over, ignore_errors=True)
+        left_over.unlink(missing_ok=True)
+    text = json.dumps({"script": script, **asdict(args)}, indent=2) + "\n"
+    write_whole(folder / "args.json", lambda path: path.write_text(text))
+    return folder
+
+
+def tracker(args, writes: bool = True):
+    """wandb.log of a run of this name, or a function that does nothing."""
+    if not args.track or args.evaluate or not writes:
+        return lambda row, step=None: None
+    import wandb
+
+    wandb.init(id=args.run_name, resume="allow", config=asdict(args))
+    return wandb.log
+
+
+def checkpoint(run: str, script: str) -> dict:
+    """The last checkpoint of a run of this script."""
+    import torch
+
+    path = Path(run) / "checkpoint.pt"
+    if not path.is_file():
+        raise ValueError(f"no checkpoint at {path}; begin the run anew, its name may be used again")
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # almost anything on a damaged file
+        raise ValueError(f"{path} is damaged ({one_line(error)}); begin the run anew") from None
+    if not isinstance(state, dict) or state.get("script") != script:
+        raise ValueError(f"{path} is no checkpoint of {script}")
+    return state
+
+
+# ------------------------------------------------------------------------------------- robots
+class Episodes(NamedTuple):
+    """Episodes end to end, N steps in all."""
+
+    obs: np.ndarray  # (N, obs_dim), float32
+    actions: np.ndarray  # (N, act_dim), float32, in [-1, 1]
+    lengths: np.ndarray  # (episodes,), steps of each
+
+
+EPISODE_ARRAYS = ("observations", "actions", "terminations", "truncations")
+
+
+def check_episodes(arrays: dict[str, np.ndarray], source) -> np.ndarray:
+    """Raises ValueError, naming source, unless the arrays are those of an episode file (E episodes
+    of N steps in all): observations (N + E, obs_dim), actions (N, act_dim), and terminations,
+    truncations and, if any, rewards (N,). Returns the episodes' lengths (E,)."""
+    if missing := [name for name in EPISODE_ARRAYS if name not in arrays]:
+        raise ValueError(f"{source} has no array {', '.join(missing)}; it has {', '.join(arrays)}")
+    for name, array in arrays.items():
+        axes, is_flag = 1 + (name in EPISODE_ARRAYS[:2]), name in EPISODE_ARRAYS[2:]
+        if array.dtype.kind not in "fiub" or array.ndim != axes:
+            wanted = f"{axes}-D of real numbers, not {array.ndim}-D {array.dtype}"
+            raise ValueError(f"{source}: {name} must be {wanted}")
+        wrong = ~np.isin(array, (0, 1)) if is_flag else ~(np.abs(array.astype(float)) < 1e8)
+        if wrong.any():
+            what = "neither 0 nor 1" if is_flag else "not finite, or huge"
+            raise ValueError(f"{source}: {name} is {what} in row {np.argwhere(wrong)[0, 0]}")
+    sizes = {name: len(array) for name, array in arrays.items()}
+    found, steps = sizes.pop("observations"), sizes["actions"]
+    if steps == 0 or {*sizes.values()} != {steps}:
+        raise ValueError(f"{source} is empty, or its arrays are of different lengths: {sizes}")
+    flags = arrays["terminations"].astype(int) + arrays["truncations"]
+    ends, wanted = np.flatnonzero(flags), steps + np.count_nonzero(flags)
+    if flags.max() > 1:
+        raise ValueError(f"{source}: row {flags.argmax()} is terminated and truncated")
+    if not flags[-1] or found != wanted:
+        last = "" if flags[-1] else ", and the last step is no end"
+        counts = f"{steps} steps and {len(ends)} ends need {wanted} observations, not {found}{last}"
+        raise ValueError(f"{source}: episode ends do not add up: {counts}")
+    return np.diff(ends, prepend=-1)
+
+
+def episodes(path: Path, env) -> Episodes:
+    """Read an episode file of a robot, a gymnasium environment, whose actions are brought to
+    [-1, 1]. Its `rewards`, the true ones, are never touched."""
+    if not path.is_file():
+        raise ValueError(f"no data at {path}; make it with data_gen/mujoco_data.py")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in EPISODE_ARRAYS if name in file}
+    except Exception as error:  # a damaged file raises almost anything
+        raise ValueError(f"cannot read {path} ({one_line(error)})") from None
+    lengths, low = check_episodes(arrays, path), env.unwrapped.action_space.low
+    obs, actions = (arrays[name].astype(np.float32) for name in EPISODE_ARRAYS[:2])
+    if (obs.shape[1:], actions.shape[1:]) != (env.observation_space.shape, low.shape):
+        wanted = f"{env.observation_space.shape} and {low.shape}"
+        raise ValueError(
+            f"{path} is of another robot: its observations and actions are not {wanted}"
+        )
+    actions = 2 * (actions - low) / (env.unwrapped.action_space.high - low) - 1
+    if (outside := np.abs(actions) > 1.001).any():
+        row = np.argwhere(outside)[0, 0]
+        raise ValueError(f"{path}: actions leave the robot's bounds in row {row}")
+    last = np.cumsum(lengths + 1) - 1  # an episode's last observation has no action
+    return Episodes(np.delete(obs, last, axis=0), actions.astype(np.float32), lengths)
+
+
+def pairs(folder: Path, tiers: dict[str, Episodes], segment_length: int) -> list[tuple]:
+    """Read pairs.csv: for each pair the preferred and the other segment, (tier, first step) each,
+    steps counted over all of the tier's episodes."""
+    path, pairs = folder / "pairs.csv", []
+    if not path.is_file():
+        raise ValueError(f"no preferences at {path}; make them with data_gen/mujoco_data.py")
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        for number, row in enumerate(csv.DictReader(file), start=2):
+            try:
+                sides = [_segment(row, side, tiers, segment_length) for side in "ab"]
+                pairs.append(tuple(sides[:: {"1": 1, "0": -1}[row["label"]]]))  # 1: a is preferred
+            except (KeyError, TypeError):
+                reason = "label must be 0 or 1, or a column is missing"
+                raise ValueError(f"{path} line {number}: {reason}") from None
+            except ValueError as error:
+                raise ValueError(f"{path} line {number}: {error}") from None
+    if not pairs:
+        raise ValueError(f"{path} is empty: it holds no pair")
+    return pairs
+
+
+def _segment(row: dict, side: str, tiers: dict[str, Episodes], least: int) -> tuple[str, int]:
+    columns = [row[f"{name}_{side}"] for name in ("episode", "start", "length")]
+    if not all(re.fullmatch("[0-9]{1,9}", column) for column in columns):
+        raise ValueError(f"episode, start and length of side {side} must be whole numbers")
+    tier, (episode, start, length) = row[f"tier_{side}"], map(int, columns)
+    if tier not in ("medium", "low") or episode >= len(tiers[tier].lengths):
+        raise ValueError(f"side {side} is of no episode of the tiers medium and low")
+    if start + length > tiers[tier].lengths[episode]:
+        raise ValueError(f"side {side} is longer than its episode")
+    if length < least:
+        raise ValueError(f"segments of {length} steps are shorter than --segment-length {least}")
+    return tier, int(tiers[tier].lengths[:episode].sum()) + start
+
+
+# -------------------------------------------------------------------------------------- texts
+def is_local(name: str) -> bool:
+    """A path rather than a hub id, which is `name` or `owner/name`."""
+    return Path(name).exists() or name[:1] in "./~" or name.count("/") > 1 or ".json" in name
+
+
+def rows(name: str, columns: tuple[str, ...], count: int = 0, split: str = "train"):
+    """The text under these columns, as tuples, of the first `count` rows (0: of all), from a file
+    .jsonl(.gz), from {split}.jsonl(.gz) in a folder, or from a data set of the hub."""
+    return [tuple(row[key] for key in columns) for row in dicts(name, columns, count, split)]
+
+
+def dicts(name: str, columns: tuple[str, ...], count: int = 0, split: str = "train"):
+    """The same with whatever else the rows hold."""
+    path = Path(name)
+    if path.is_dir():
+        path = path / f"{split}.jsonl"
+        path = path if path.is_file() else path.with_suffix(".jsonl.gz")
+    if is_local(name) and not path.is_file():
+        raise ValueError(f"there is no {path}")
+    try:
+        if path.is_file():
+            opener = gzip.open if path.suffix == ".gz" else open
+            with opener(path, "rt", encoding="utf-8-sig") as file:
+                rows = [json.loads(line) for line in file if line.strip()]
+        else:
+            from datasets import load_dataset
+
+            rows = list(load_dataset(name, split=split))
+    except ImportError:
+        raise ValueError(f"no file {name}; for the hub, pip install -e '.[hub]'") from None
+    except Exception as error:  # no JSON, no UTF-8, half a .gz; the network, the hub, the cache
+        raise ValueError(f"cannot read {path} ({one_line(error)})") from None
+    if len(rows) < max(count, 1):
+        raise ValueError(f"{path} has {len(rows)} rows, {max(count, 1)} are wanted")
+    for number, row in enumerate(rows[: count or None], 1):
+        texts = [row.get(key) for key in columns] if isinstance(row, dict) else [None]
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError(f"{path} row {number} needs text under {', '.join(columns)}")
+        if re.search("[\ud800-\udfff]", "".join(texts)):
+            raise ValueError(f"{path} row {number} holds half a character (a lone surrogate)")
+    return rows[: count or None]
+
+
+def special_tokens(tokenizer) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text."""
+    plain, ids = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    if not plain:  # what transformers makes up where the files are missing
+        raise ValueError(f"{tokenizer.name_or_path} has no tokenizer")
+    begin = next(i for i in range(len(ids)) if ids[i : i + len(plain)] == plain)
+    return ids[:begin], ids[begin + len(plain) :]
+
+
+class Texts:
+    """A policy's tokenizer: texts to ids and back, so that a response is read as it was written.
+    Lists of ids are cut and completed here; the tokenizer stays as it is."""
+
+    def __init__(self, tokenizer, max_prompt_length: int, response_length: int):
+        self.tokenizer, self.eos_id = tokenizer, tokenizer.eos_token_id
+        self.max_prompt_length, self.response_length = max_prompt_length, response_length
+        self.prefix, _ = special_tokens(tokenizer)  # an end token is no part of a prompt
+        if self.eos_id is None:
+            raise ValueError(f"{tokenizer.name_or_path} has no end-of-text token")
+        self.pad_id = tokenizer.pad_token_id
+        if self.pad_id in (None, self.eos_id):  # any other will do: masks go by length
+            self.pad_id = int(self.eos_id == 0)
+
+    def ids(self, texts: list[str], name: str) -> list[list[int]]:
+        """Token ids of each text, at least one, with no special token but what it spells out."""
+        found = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        if not all(found):
+            raise ValueError(f"{name} row {found.index([]) + 1}: a text becomes no token")
+        return found
+
+    def prompts(self, prompts: list[str], name: str) -> list[list[int]]:
+        """What the policy reads: what begins every text, and the last tokens of the prompts."""
+        n, found = len(self.prefix), self.ids(prompts, name)
+        found = [ids[n:] if n and ids[:n] == self.prefix else ids for ids in found]
+        return [self.prefix + ids[max(0, len(ids) + n - self.max_prompt_length) :] for ids in found]
+
+    def responses(self, rows: list[tuple[str, str]], name: str) -> list[list[int]]:
+        """Completions of prompts, cut to response_length: what follows the prompt's tokens in those
+        of the whole text or, where a token straddles the two, the completion's own."""
+        prompts, completions = zip(*rows)
+        before, own = self.ids(prompts, name), self.ids(completions, name)
+        whole = self.ids([x + y for x, y in rows], name)
+        found = [w[len(b) :] if w[: len(b)] == b else [] for b, w in zip(before, whole)]
+        return [(after or alone)[: self.response_length] for after, alone in zip(found, own)]
+
+    def check_pairs(self, pairs: list[tuple[str, str, str]], name: str) -> None:
+        """Both sides of every pair have tokens; says how many pairs are of equal responses."""
+        for column in zip(*pairs):
+            self.ids(column, name)
+        equal = sum(chosen == rejected for _, chosen, rejected in pairs)
+        if equal and os.environ.get("RANK", "0") == "0":
+            print(f"{name}: {equal} of {len(pairs)} pairs have equal responses and teach nothing")
+
+    def read(self, prompts: list[list[int]], responses: list[list[int]]) -> list[str]:
+        """The responses' texts: prompt and response decoded together, without the prompt."""
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        before = self.tokenizer.batch_decode(prompts, **options)
+        whole = [prompt + response for prompt, response in zip(prompts, responses)]
+        return [w[len(b) :] for b, w in zip(before, self.tokenizer.batch_decode(whole, **options))]
+
+
+def pad(rows: list[list[int]], pad_id: int, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and their mask, int64 (rows, longest) each; the mask goes by length."""
+    width = max(map(len, rows))
+    ids, mask = np.full((len(rows), width), pad_id), np.zeros((len(rows), width), np.int64)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), width) if left else slice(len(row))
+        ids[i, where], mask[i, where] = row, 1
+    return ids, mask
+
+
+def draw(count: int, size: int, step: int, seed: tuple[int, ...]) -> list[int]:
+    """Batch number `step` of `size` rows of a stream of shuffled epochs over `count` rows."""
+    first, last = step * size, (step + 1) * size
+    epochs = range(first // count, -(-last // count))
+    stream = [np.random.default_rng([*seed, epoch]).permutation(count) for epoch in epochs]
+    return np.concatenate(stream)[first % count :][:size].tolist()
+
+
+def parts(first: int, last: int, size: int) -> list[slice]:
+    """first ... last - 1 in parts of at most `size` rows."""
+    return [slice(i, min(i + size, last)) for i in range(first, last, size)]

@@ -1,0 +1,294 @@
+"""benchmark/: pictures of runs, the collecting of runs into results/, and data that are worse.
+
+python -m pytest tests/test_benchmark.py
+"""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmark"))
+HOPPER = ROOT / "data_gen/assets/mujoco/Hopper-v4"
+
+
+def execute(script: str, *argv, cwd: Path = ROOT, without: str = "") -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a benchmark; `without` cannot be imported there."""
+    code = f"import runpy, sys; sys.modules.update(dict.fromkeys({without.split()!r}))\n"
+    code += f"sys.argv = {[script, *map(str, argv)]!r}\n"
+    code += f"sys.path.insert(0, {str(ROOT / 'benchmark')!r})\n"
+    code += f"runpy.run_path({str(ROOT / 'benchmark' / script)!r}, run_name='__main__')"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd)
+    return process.returncode, process.stdout, process.stderr
+
+
+def write_run(folder: Path, rows: list[dict], **args) -> Path:
+    folder.mkdir(parents=True)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / "args.json").write_text(json.dumps(args))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path) -> dict[str, Path]:
+    """A robot's run, whose row 0 has no evaluation, and a language model's."""
+    zero = {"charts/sac_steps": 0, "charts/env_steps": 0, "charts/wall_seconds": 0}
+    one = {"charts/sac_steps": 5000, "charts/env_steps": 7000, "charts/wall_seconds": 9}
+    one |= {"eval/return_mean": 310.5, "eval/return_std": 2, "reward/gap": 0.4}
+    two = {**one, "charts/sac_steps": 10000, "eval/return_mean": 620, "eval/reward_correlation": 1}
+    text = {"charts/step": 0, "eval/gt_score": -0.2, "eval/gt_score_std": 0.5}
+    return {
+        "robot": write_run(tmp_path / "robot", [zero, one, two], env="Hopper-v4", data_dir=""),
+        "text": write_run(tmp_path / "text", [text, {**text, "charts/step": 5}]),
+    }
+
+
+# ----------------------------------------------------------------------------------------- plot.py
+@pytest.mark.parametrize("names", [["robot"], ["text"], ["robot", "text"]], ids=" ".join)
+def test_any_runs_are_drawn(runs, names):
+    code, out, err = execute("plot.py", *(runs[name] for name in names))
+    picture = runs[names[0]] / "learning_curve.png"
+    assert code == 0 and out.strip() == f"wrote {picture}", err
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert execute("plot.py", runs["robot"], "--output", picture.parent / "x.svg")[0] == 0
+    svg = (picture.parent / "x.svg").read_text()
+    assert "<!-- true return -->" in svg and "<!-- reward gap -->" in svg
+    assert "<!-- ground-truth score -->" not in svg and "<!-- demonstrations -->" in svg
+
+
+def test_curves_and_lines_are_those_of_the_run(runs):
+    import plot
+
+    table = plot.columns(runs["robot"])
+    np.testing.assert_array_equal(table["steps"], [0, 5000, 10000])
+    np.testing.assert_array_equal(table["eval/return_mean"], [np.nan, 310.5, 620])
+    np.testing.assert_array_equal(plot.columns(runs["text"])["steps"], [0, 5])
+    returns = json.loads((HOPPER / "manifest.json").read_text())["tiers"]
+    assert plot.tiers(runs["robot"]) == {name: returns[name]["return_mean"] for name in plot.TIERS}
+    assert plot.tiers(runs["text"]) == {}
+    other = {"tiers": {"high": {"return_mean": 1.5}}}
+    (runs["text"] / "manifest.json").write_text(json.dumps(other))
+    (runs["robot"] / "args.json").write_text(json.dumps({"data_dir": str(runs["text"])}))
+    assert plot.tiers(runs["robot"]) == {"high": 1.5}
+
+
+@pytest.mark.parametrize(
+    "given, without, fragment",
+    [
+        ("nowhere", "", "no run"),
+        ("robot", "matplotlib matplotlib.figure", "[plot]"),
+        ("", "", "run"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line_and_exit_code_2(runs, given, without, fragment):
+    argv = [runs.get(given, given)] if given else []
+    code, out, err = execute("plot.py", *argv, without=without)
+    assert (code, out, err.count("\n")) == (2, "", 1) and fragment in err
+
+
+# ------------------------------------------------------------------------------ runs into results/
+def test_rows_of_the_same_run_are_replaced(tmp_path):
+    import main_job
+
+    old = [{"seed": seed, "sac_steps": steps, "x": "old"} for seed in "12" for steps in ("5", "10")]
+    path = tmp_path / "results.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, old[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(old)
+    new = [{"seed": "1", "sac_steps": steps, "x": "new"} for steps in ("10", "5")]
+    rows = main_job.merge(path, new, ("seed",), main_job.by_steps)
+    assert [row["x"] for row in rows] == ["new", "new", "old", "old"]
+    assert [row["sac_steps"] for row in rows] == ["5", "10"] * 2
+    assert path.read_text().splitlines()[1] == "1,5,new"
+
+
+def test_a_robots_run_becomes_a_row_an_evaluation(runs):
+    import main_job
+
+    shutil.move(runs["robot"], runs["robot"].with_name("main_job__Hopper-v4__2"))
+    rows = main_job.collect(runs["robot"].parent)
+    assert [(row["sac_steps"], row["return_mean"]) for row in rows] == [
+        ("5000", "310.5"),
+        ("10000", "620"),
+    ]
+    with open(ROOT / "benchmark/results/main_job.csv") as file:
+        assert list(rows[0]) == file.readline().strip().split(",") and rows[0]["seed"] == "2"
+
+
+def test_robots_runs_become_figure_3s(tmp_path):
+    pytest.importorskip("rliable")
+    import figure3
+
+    rows = [{"charts/sac_steps": step, "charts/env_steps": step} for step in (0, 0, 50, 100)]
+    for row, value in zip(rows, ("", 5, 8, 7)):
+        row |= {"eval/return_mean": value, "eval/return_std": 1, "charts/wall_seconds": 3}
+    for method, last in (("rlhf", 100), ("aihf", 200)):  # the latter has not finished
+        write_run(
+            tmp_path / f"figure3__Hopper-v4__{method}__default__1", rows, total_timesteps=last
+        )
+    curves, finals = figure3.collect(tmp_path)
+    assert [(row["method"], row["final"], row["best"]) for row in finals] == [
+        ("rlhf", "7", "8.0"),
+        ("bc", "5", "5.0"),
+    ]
+    assert [row["method"] for row in curves] == ["rlhf", "rlhf", "bc"]
+    for name, table in (("figure3", curves), ("figure3_runs", finals)):
+        with open(ROOT / f"benchmark/results/{name}.csv") as file:
+            assert list(table[0]) == file.readline().strip().split(",")
+
+
+def test_language_models_win_rate_is_over_sft(tmp_path):
+    import llm
+
+    evaluations = [
+        {"charts/step": step, "eval/gt_score": step, "eval/kl_base": 1} for step in (0, 60)
+    ]
+    for method in ("rlhf", "dpo"):
+        args = {"ppo_steps": 60} if method == "rlhf" else {"dpo_steps": 60}
+        run = write_run(tmp_path / f"llm__{method}__1000__1000__1", evaluations, **args)
+        for name, scores in (("samples", (1, 2, 3, 0)), ("samples_sft", (0, 2, 4, -1))):
+            texts = [{"prompt": f"p{i}", "response": "a  b"} for i in range(4)]
+            lines = [json.dumps({**row, "gt_score": s}) for row, s in zip(texts, scores)]
+            if (method, name) != ("dpo", "samples_sft"):
+                (run / f"{name}.jsonl").write_text("\n".join(lines))
+    rows, scores = llm.collect(tmp_path)
+    of = {(row["figure"], row["method"], row["policy_steps"]): row["win_rate"] for row in rows}
+    assert of["6", "dpo", "60"] == of["6", "rlhf", "60"] == "0.625" and of["6", "dpo", "0"] == ""
+    assert (
+        of["6", "sft", "0"] == "0.5" and ("7", "dpo", "60") not in of and ("10", "dpo", "60") in of
+    )
+    assert len(scores) == 8 and scores[0]["response"] == "a b" and scores[1]["gt_score"] == "2"
+    for name, table in (("llm", rows), ("llm_scores", scores)):
+        with open(ROOT / f"benchmark/results/{name}.csv") as file:
+            assert sorted(table[0]) == sorted(file.readline().strip().split(","))
+    with pytest.raises(ValueError, match="same prompts"):
+        llm.win_rate([{"prompt": "a", "gt_score": 1}], [{"prompt": "b", "gt_score": 1}])
+
+
+def test_committed_results_give_the_tables_of_the_readme(tmp_path):
+    import llm
+    import main_job
+
+    with open(main_job.RESULTS, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert main_job.summarise(rows) in (ROOT / "benchmark/README.md").read_text()
+    with open(llm.ROWS, newline="") as file:
+        table = llm.table(list(csv.DictReader(file)), "6")
+    for shown in ("3.42 ± 0.14 | 3.84 ± 0.07 | 19.5 ± 1.1 | 81% ± 3% | 3.3 |", "99% ± 0% | 3.7 |"):
+        assert shown in table and shown in (ROOT / "benchmark/README.md").read_text()
+
+
+def test_every_return_of_a_trial_is_committed():
+    with open(ROOT / "benchmark/tuning/robots.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["eval/return_mean"]]
+    returns = {
+        (row["run"], float(row["charts/sac_steps"]), round(float(row["eval/return_mean"])))
+        for row in rows
+    }
+    lines = (ROOT / "benchmark/tuning/README.md").read_text().splitlines()
+    found = 0
+    for line in lines:
+        if named := re.match(r"\| \**((?:Hopper|HalfCheetah|Walker2d)-v4_[\w.-]+?)\** \|", line):
+            for value, steps in re.findall(r"(?<!± )\b(\d+) at (\d+)k", line):
+                assert (named[1], 1000 * int(steps), int(value)) in returns, line
+                found += 1
+    assert found > 25
+    pattern = r"^\| \**[\w-]+-v4\** \| .* \| (\S+_rlhf_\S+) \|$"
+    for line in (ROOT / "benchmark/tuning/rlhf.md").read_text().splitlines():
+        if named := re.match(pattern, line):
+            cells = line.replace("*", "").replace("−", "-").split("|")[4:10]
+            for steps, cell in zip((0, 25, 50, 75, 100, 150), cells):
+                assert not cell.strip() or (named[1], 1000 * steps, int(cell)) in returns, line
+
+
+# ------------------------------------------------------------------------------------ worse data
+@pytest.fixture
+def source(tmp_path) -> Path:
+    return Path(shutil.copytree(HOPPER, tmp_path / "source"))
+
+
+def pairs_of(folder: Path) -> list[list[str]]:
+    return [line.split(",") for line in (folder / "pairs.csv").read_text().splitlines()[1:]]
+
+
+def vary(source: Path, name: str, *argv) -> tuple[int, str, str]:
+    argv = ("--data-dir", source, "--output-dir", name, *argv)
+    return execute("figure3_data.py", *argv, cwd=source.parent)
+
+
+def test_fewer_pairs_and_flipped_labels(source):
+    folder = source.parent
+    for name, argv in {
+        "whole": (),
+        "half": ("--share", 0.5),
+        "some": ("--share", 0.5, "--flip", 0.3),
+    }.items():
+        code, _, err = vary(source, name, *argv)
+        assert code == 0, err
+        manifest = json.loads((folder / name / "manifest.json").read_text())
+        assert manifest["counts"]["pairs"] == len(pairs_of(folder / name))
+        for tier in ("low", "medium", "high"):
+            kept = (folder / name / f"{tier}.npz").read_bytes()
+            assert kept == (source / f"{tier}.npz").read_bytes()
+    whole, half, some = (pairs_of(folder / name) for name in ("whole", "half", "some"))
+    assert whole == pairs_of(source) and len(half) == 1000 and all(pair in whole for pair in half)
+    assert [pair[:-1] for pair in some] == [pair[:-1] for pair in half]
+    assert sum(a != b for a, b in zip(half, some)) == 300
+
+
+def test_fewer_demonstrations(source):
+    assert vary(source, "two", "--demos", 2)[0] == 0
+    two = source.parent / "two"
+    assert (two / "pairs.csv").read_text() == (source / "pairs.csv").read_text()
+    high = json.loads((two / "manifest.json").read_text())["tiers"]["high"]
+    with np.load(two / "high.npz") as file, np.load(source / "high.npz") as every:
+        for name in every:
+            np.testing.assert_array_equal(file[name], every[name][: len(file[name])])
+        assert (file["terminations"] | file["truncations"]).sum() == 2 == high["episodes"]
+        assert len(file["actions"]) + 2 == len(file["observations"]) and high["steps"] == len(
+            file["actions"]
+        )
+        assert high["return_mean"] == pytest.approx(file["rewards"].sum() / 2, rel=1e-5)
+
+
+def test_variants_are_nested():
+    import figure3_data
+
+    pairs = [{"start_a": str(i), "label": str(i % 2)} for i in range(200)]
+    small, large = (figure3_data.vary(pairs, share, 0.0, 1) for share in (0.1, 0.3))
+    assert len(small) == 20 and len(large) == 60 and all(pair in large for pair in small)
+    flipped = [figure3_data.vary(pairs, 1.0, flip, 1) for flip in (0.1, 0.3)]
+    few, many = ({row["start_a"] for row in rows if row not in pairs} for rows in flipped)
+    assert len(few) == 20 and len(many) == 60 and few < many
+    assert figure3_data.vary(pairs, 0.5, 0.0, 1) != figure3_data.vary(pairs, 0.5, 0.0, 2)
+
+
+@pytest.mark.parametrize(
+    "flags, fragment",
+    [
+        ("--share 0", "--share"),
+        ("--flip 1.5", "--flip"),
+        ("--share 0.0001", "--share"),
+        ("--demos 0", "--demos"),
+        ("--demos 99", "not 99"),
+        ("--data-dir nowhere", "nowhere"),
+        ("--output-dir source", "--output-dir"),
+    ],
+)
+def test_bad_variants(source, flags, fragment):
+    code, out, err = vary(source, "out", *flags.split())
+    assert (code, out, err.count("\n")) == (2, "", 1) and fragment in err
+    assert {path.name for path in source.parent.iterdir()} == {"source"}

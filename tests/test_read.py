@@ -1,0 +1,371 @@
+"""data_gen/read.py: it reads what was written; every bad input is one whole sentence."""
+
+import gzip
+import json
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import Drift, make_robot_data, metrics, save_arrays
+
+from data_gen import read
+
+HALF_CHARACTER = json.dumps({"prompt": "a \ud800 b", "response": "x"})
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_robot_data(tmp_path_factory.mktemp("data") / "drift", seed=0)
+
+
+@pytest.fixture
+def high(data) -> dict:
+    """The arrays of high.npz, for a change."""
+    with np.load(data / "high.npz") as file:
+        return dict(file)
+
+
+# ---------------------------------------------------------------------------------------- episodes
+def test_episodes_are_read_as_they_were_played(data, high):
+    """Observations but for each episode's last, and actions from the robot's bounds to [-1, 1]."""
+    read_back, number = read.episodes(data / "high.npz", Drift()), 0
+    lengths, low, width = [], np.array([-1.0, -2.0]), np.array([1.5, 3.0])
+    for t in range(len(high["actions"])):
+        episode = len(lengths)
+        assert np.array_equal(read_back.obs[t], high["observations"][t + episode])
+        expected = (high["actions"][t] - low) / width * 2 - 1
+        np.testing.assert_allclose(read_back.actions[t], expected, atol=1e-6)
+        number += 1
+        if high["terminations"][t] or high["truncations"][t]:
+            lengths.append(number)
+            number = 0
+    assert read_back.lengths.tolist() == lengths and number == 0
+    assert read_back.obs.dtype == read_back.actions.dtype == np.float32
+
+
+def with_value(array: np.ndarray, row: int, value: float) -> np.ndarray:
+    array = array.astype(np.float64)
+    array.reshape(len(array), -1)[row, 0] = value
+    return array
+
+
+BAD_ARRAYS = {  # arrays in the place of those of high.npz, and what the message has to say
+    "no observations": (lambda a: {"observations": None}, "no array observations"),
+    "no actions": (lambda a: {"actions": None}, "no array actions"),
+    "no terminations": (lambda a: {"terminations": None}, "no array terminations"),
+    "no truncations": (lambda a: {"truncations": None}, "no array truncations"),
+    "no step": (lambda a: {name: array[:0] for name, array in a.items()}, "empty"),
+    "objects": (lambda a: {"actions": np.array([[None]], object)}, "cannot read"),
+    "texts": (lambda a: {"actions": a["actions"].astype(str)}, "actions must be 2-D of real"),
+    "complex": (lambda a: {"observations": a["observations"] * 1j}, "not 2-D complex"),
+    "dates": (lambda a: {"truncations": a["truncations"].astype("M8[s]")}, "datetime64"),
+    "0-D": (lambda a: {"terminations": np.array(True)}, "1-D of real numbers, not 0-D bool"),
+    "flat actions": (lambda a: {"actions": a["actions"][:, 0]}, "not 1-D"),
+    "flags in a column": (lambda a: {"truncations": a["truncations"][:, None]}, "not 2-D bool"),
+    "flags of 0.5": (
+        lambda a: {"truncations": with_value(a["truncations"], 6, 0.5)},
+        "truncations is neither 0 nor 1 in row 6",
+    ),
+    "nan": (
+        lambda a: {"observations": with_value(a["observations"], 7, np.nan)},
+        "observations is not finite, or huge in row 7",
+    ),
+    "infinity": (
+        lambda a: {"actions": with_value(a["actions"], 5, -np.inf)},
+        "actions is not .* 5",
+    ),
+    "1e30": (lambda a: {"observations": with_value(a["observations"], 8, 1e30)}, "huge in row 8"),
+    "outside the box": (
+        lambda a: {"actions": with_value(a["actions"], 9, 0.6)},
+        "actions leave the robot's bounds in row 9",
+    ),
+    "wide observations": (
+        lambda a: {"observations": np.tile(a["observations"], 2)},
+        "another robot",
+    ),
+    "wide actions": (lambda a: {"actions": np.tile(a["actions"], 2)}, "another robot"),
+    "an action too few": (lambda a: {"actions": a["actions"][1:]}, "different lengths"),
+    "an observation too few": (lambda a: {"observations": a["observations"][1:]}, "add up"),
+    "twice the observations": (
+        lambda a: {"observations": np.tile(a["observations"], (2, 1))},
+        "add up: .* not 180",
+    ),
+    "no end": (
+        lambda a: {"truncations": np.zeros_like(a["truncations"])},
+        "the last step is no end",
+    ),
+    "ends moved": (
+        lambda a: {"truncations": np.roll(a["truncations"], 1)},
+        "the last step is no end",
+    ),
+    "two kinds of end": (
+        lambda a: {"terminations": a["truncations"]},
+        "row 13 is terminated and truncated",
+    ),
+}
+
+
+@pytest.mark.parametrize("change, message", BAD_ARRAYS.values(), ids=BAD_ARRAYS)
+def test_bad_arrays(tmp_path, high, change, message):
+    """Also of the check that minari_io uses, with the rewards among the arrays."""
+    path = tmp_path / "high.npz"
+    np.savez(path, **high)
+    arrays = change(high)
+    save_arrays(path, **arrays)
+    with pytest.raises(ValueError, match=rf"high\.npz.*{message}|^cannot read .*high.npz"):
+        read.episodes(path, Drift())
+
+
+def test_rewards_are_checked_where_they_are_used(high):
+    assert read.check_episodes(high, "x").sum() == len(high["actions"])
+    for rewards in (high["rewards"][1:], with_value(high["rewards"], 3, np.nan), np.array(1.0)):
+        with pytest.raises(ValueError, match="rewards"):
+            read.check_episodes(high | {"rewards": rewards}, "x")
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"hello", "cut", "early", "bits", "array"], ids=lambda x: str(x)
+)
+def test_bad_episode_file(tmp_path, data, content):
+    path, raw = tmp_path / "high.npz", (data / "high.npz").read_bytes()
+    middle = bytes(byte ^ 0xFF for byte in raw[1000:1050])
+    cases = {"cut": raw[:-500], "early": raw[:100], "bits": raw[:1000] + middle + raw[1050:]}
+    if content == "array":
+        np.save(path.open("wb"), np.zeros(3))
+    elif content is not None:
+        path.write_bytes(cases.get(content, content))
+    reason = "no data at .*mujoco_data.py" if content is None else "cannot read"
+    with pytest.raises(ValueError, match=f"{reason}.*high.npz|{reason}"):
+        read.episodes(path, Drift())
+
+
+# --------------------------------------------------------------------------------------- pairs.csv
+HEADER = "tier_a,episode_a,start_a,length_a,tier_b,episode_b,start_b,length_b,label\n"
+GOOD = "medium,1,3,4,low,2,1,5,1\nlow,0,0,4,medium,5,2,4,1\nlow,1,2,4,medium,0,6,4,0\n"
+
+
+def read_pairs(folder: Path, data: Path, text: str | bytes) -> list:
+    (folder / "pairs.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    tiers = {
+        tier: read.episodes(data / f"{tier}.npz", Drift()) for tier in ("medium", "low", "high")
+    }
+    return read.pairs(folder, tiers, 4)
+
+
+@pytest.mark.parametrize("form", ["plain", "byte-order mark", "CRLF", "no last newline"])
+def test_pairs_are_preferred_and_other_with_their_first_steps(tmp_path, data, form):
+    text = {"byte-order mark": "\ufeff" + HEADER + GOOD, "no last newline": (HEADER + GOOD)[:-1]}
+    text = text.get(form, HEADER + GOOD).replace("\n", "\r\n" if form == "CRLF" else "\n")
+    medium, low = (read.episodes(data / f"{t}.npz", Drift()).lengths for t in ("medium", "low"))
+    assert read_pairs(tmp_path, data, text) == [
+        (("medium", medium[0] + 3), ("low", low[:2].sum() + 1)),
+        (("low", 0), ("medium", medium[:5].sum() + 2)),
+        (("medium", 6), ("low", low[0] + 2)),
+    ]
+
+
+BAD_PAIRS = {  # what follows the header, and what the message has to say
+    "no pair": ("", "empty"),
+    "no such tier": ("best,0,0,4,low,0,0,4,1\n", "line 2: side a is of no episode"),
+    "a demonstration": ("medium,0,0,4,high,0,0,4,1\n", "line 2: side b is of no episode"),
+    "no such episode": (GOOD + "medium,6,0,4,low,0,0,4,1\n", "line 5: side a"),
+    "episode below 0": ("medium,-1,0,4,low,0,0,4,1\n", "line 2: .*whole numbers"),
+    "starts too late": ("medium,0,11,4,low,0,0,4,1\n", "line 2: side a is longer"),
+    "longer than the episode": ("medium,0,0,4,low,0,0,400,1\n", "side b is longer"),
+    "short": ("medium,0,0,4,low,0,0,3,1\n", "segments of 3 steps .* --segment-length 4"),
+    "label 2": ("medium,0,0,4,low,0,0,4,2\n", "line 2: label"),
+    "no label": ("medium,0,0,4,low,0,0,4\n", "line 2: label|line 2: a column"),
+    "a word": ("medium,SECRET,0,4,low,0,0,4,1\n", "line 2: episode, start and length"),
+    "half a line": ("medium,0,0\n", "line 2: .*a column is missing"),
+    "a huge number": ("medium," + "9" * 5000 + ",0,4,low,0,0,4,1\n", "whole numbers"),
+}
+
+
+@pytest.mark.parametrize("text, message", BAD_PAIRS.values(), ids=BAD_PAIRS)
+def test_bad_pairs(tmp_path, data, text, message):
+    with pytest.raises(ValueError, match=rf"pairs\.csv.*({message})") as error:
+        read_pairs(tmp_path, data, HEADER + text)
+    assert "SECRET" not in str(error.value) and len(read.one_line(error.value)) <= 320
+
+
+def test_pairs_that_are_no_table(tmp_path, data, capsys):
+    for text in ("", HEADER.replace(",label", "") + "medium,0,0,4,low,0,0,4\n"):
+        with pytest.raises(ValueError, match="pairs.csv is empty|line 2: .*a column is missing"):
+            read_pairs(tmp_path, data, text)
+    for text in (HEADER.encode() + b"\xff\xfe\xfa", HEADER + "m" * 200_000 + ",0\n"):
+        with pytest.raises(SystemExit), read.input_errors():
+            read_pairs(tmp_path, data, text)
+        assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(ValueError, match="no preferences at .*data_gen/mujoco_data.py"):
+        read.pairs(tmp_path / "nowhere", {"medium": (), "low": ()}, 4)
+
+
+# ------------------------------------------------------------------------------------- rows of text
+ROWS = [
+    {"prompt": "caf\u00e9\u2028x", "response": " b", "n": 1},
+    {"prompt": "c", "response": "d\n"},
+]
+LINES = [json.dumps(row, ensure_ascii=False) for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    "form", ["plain", "byte-order mark", "CRLF", "gz", "blank lines", "folder"]
+)
+def test_rows_are_read(tmp_path, form):
+    ends = {"CRLF": "\r\n", "blank lines": "\n\n  \n"}.get(form, "\n")
+    text = ("\ufeff" if form == "byte-order mark" else "") + ends.join(LINES) + ends
+    raw = text.encode()
+    path = tmp_path / ("train.jsonl.gz" if form in ("gz", "folder") else "x.jsonl")
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    name = str(tmp_path if form == "folder" else path)
+    assert read.rows(name, ("response", "prompt")) == [(r["response"], r["prompt"]) for r in ROWS]
+    assert read.rows(name, ("prompt",), count=1) == [(ROWS[0]["prompt"],)]
+    assert read.dicts(name, ("prompt",)) == ROWS
+
+
+BAD_ROWS = {  # the bytes of a file, and what the message has to say
+    "empty": (b"", "0 rows, 1 are wanted"),
+    "no JSON": (b"hello\n", "cannot read"),
+    "UTF-16": (LINES[0].encode("utf-16"), "cannot read"),
+    "a lone surrogate": (f"{LINES[0]}\n{HALF_CHARACTER}\n".encode(), "row 2 holds half a char"),
+    "a missing column": (b'{"prompt": "a"}\n', "row 1 needs text under prompt, response"),
+    "a number": (f'{LINES[0]}\n{{"prompt": 1, "response": "b"}}\n'.encode(), "row 2 needs text"),
+    "blank text": (b'{"prompt": "a", "response": " "}\n', "row 1 needs text"),
+    "a list": (b'["a", "b"]\n', "row 1 needs text"),
+    "half a gz": (gzip.compress("\n".join(LINES).encode())[:-12], "cannot read"),
+    "no gz": (b"\x1f\x8bhello", "cannot read"),
+}
+
+
+@pytest.mark.parametrize("raw, message", BAD_ROWS.values(), ids=BAD_ROWS)
+def test_bad_rows(tmp_path, raw, message):
+    path = tmp_path / ("x.jsonl.gz" if raw[:1] == b"\x1f" else "x.jsonl")
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=rf"x\.jsonl.*{message}|{message}.*x\.jsonl"):
+        read.rows(str(path), ("prompt", "response"))
+
+
+def test_rows_that_are_not_there(tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl").write_text("\n".join(LINES))
+    with pytest.raises(ValueError, match="has 2 rows, 3 are wanted"):
+        read.rows(str(tmp_path / "x.jsonl"), ("prompt",), count=3)
+    for name in ("./nowhere", "nowhere.jsonl", str(tmp_path), "a/b/c"):
+        with pytest.raises(ValueError, match="there is no "):
+            read.rows(name, ("prompt",))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"no file owner/name; .*pip install -e '\.\[hub\]'"):
+        read.rows("owner/name", ("prompt",))
+
+
+# ------------------------------------------------------------------------------ errors and numbers
+@dataclass
+class Args:
+    seed: int = 1
+    rate: float = 0.5
+    sizes: tuple[int, ...] = (8, 8)
+    bounds: tuple[float, float] = (-1.0, 1.0)
+    flag: bool = False
+    runs_dir: str = ""
+    run_name: str = "run"
+    resume: str = ""
+
+
+BAD_NUMBERS = [("rate", x) for x in (0, -0.5, float("nan"), float("inf"), -float("inf"), 10**400)]
+BAD_NUMBERS += [("seed", -1), ("seed", 2**64), ("sizes", (8, 0)), ("sizes", (-8,))]
+
+
+def test_numbers():
+    read.check_numbers(Args(seed=0, bounds=(-1.0, float("nan"))), "seed", "bounds")
+    for name, value in BAD_NUMBERS:
+        with pytest.raises(ValueError, match=f"--{name} must be .* and finite, not "):
+            read.check_numbers(replace(Args(), **{name: value}), "seed", "bounds")
+
+
+def test_not_finite_is_one_line_that_names_the_tensor():
+    good = torch.zeros(3)
+    read.check_finite(7, Path("runs/x"), good=good)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(SystemExit, match="\nerror: bad is not finite at step 7; .*runs/x"):
+            read.check_finite(7, Path("runs/x"), good=good, bad=torch.tensor([0.0, value]))
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (ValueError("a\n b"), "a b"),
+        (ImportError("no x"), "no x"),
+        (ValueError(), "ValueError: "),
+        (KeyError("x"), "KeyError: 'x'"),
+        (OSError(28, "full"), "OSError: [Errno 28] full"),
+        (RuntimeError("y" * 500), "RuntimeError: " + "y" * 300),
+    ],
+)
+def test_input_errors_are_one_line(capsys, error, line):
+    with pytest.raises(SystemExit) as stop, read.input_errors():
+        raise error
+    assert stop.value.code == 2 and capsys.readouterr().err == f"error: {line}\n"
+
+
+# ------------------------------------------------------------------------------------- run folders
+def test_write_whole_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    read.write_whole(path, lambda path: path.write_text("old"))
+
+    def half(path):
+        path.write_text("ne")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(SystemExit, match="cannot write .*x .*No space left") as stop:
+        read.write_whole(path, half)
+    assert "\n" not in str(stop.value).strip()
+    monkeypatch.setattr(os, "fsync", lambda file: half(tmp_path / "y"))
+    with pytest.raises(SystemExit):
+        read.write_whole(path, lambda path: path.write_text("new"))
+    assert path.read_text() == "old" and sorted(os.listdir(tmp_path)) == ["x", "y"]
+    with pytest.raises(SystemExit):
+        read.write_whole(tmp_path / "gone" / "x", lambda path: path.write_text("new"))
+
+
+def test_write_csv_has_every_column_once(tmp_path):
+    read.write_csv(tmp_path / "metrics.csv", [{"a": 1, "b": 1 / 3}, {"c": float("nan"), "a": 1e12}])
+    assert metrics(tmp_path) == [
+        {"a": "1", "b": "0.333333333", "c": ""},
+        {"a": "1e+12", "b": "", "c": "nan"},
+    ]
+
+
+def test_fingerprint_sees_every_number_and_every_place():
+    arrays = np.arange(6.0), np.arange(3)
+    tiers = read.Episodes(np.ones((3, 2)), np.ones((3, 1)), np.array([1, 2]))
+    pairs = [(("medium", 1), ("low", 2))]
+    whole = read.fingerprint(tiers, pairs)
+    assert whole == read.fingerprint(read.Episodes(*(a.copy() for a in tiers)), list(pairs))
+    others = [[(("low", 2), ("medium", 1))], [(("medium", 1), ("low", 3))], []]
+    changed = [tiers._replace(lengths=np.array([2, 1])), tiers._replace(obs=np.zeros((3, 2)))]
+    prints = {read.fingerprint(tiers, other) for other in others} | {whole}
+    prints |= {read.fingerprint(other, pairs) for other in changed} | {read.fingerprint(*arrays)}
+    assert len(prints) == 7 and len(whole) == 64
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", "/tmp/x", "x/"])
+def test_run_names_are_plain(tmp_path, name):
+    with pytest.raises(ValueError, match="--run-name .* must be a plain name"):
+        read.open_run(Args(runs_dir=str(tmp_path), run_name=name), "script.py")
+    assert not list(tmp_path.iterdir())
+
+
+def test_checkpoint_is_of_this_script_and_holds_no_code(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(ValueError, match="no checkpoint at .* may be used again"):
+        read.checkpoint(str(tmp_path), "script.py")
+    for content in (Path("x"), torch.zeros(3), {"script": "other.py"}):
+        torch.save(content, path)
+        message = "is damaged" if content == Path("x") else "no checkpoint of script.py"
+        with pytest.raises(ValueError, match=message):
+            read.checkpoint(str(tmp_path), "script.py")
+    torch.save({"script": "script.py", "x": torch.ones(2)}, path)
+    assert read.checkpoint(str(tmp_path), "script.py")["x"].tolist() == [1, 1]

@@ -1,0 +1,1324 @@
+"""aihf_sac_mujoco.py: its equations, its whole loop against a slow reference, and runs as a user's.
+
+Where nothing else is said the numbers are float64 and a tolerance leaves 100 times their rounding
+error or more.
+"""
+
+import copy
+import csv
+import functools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import types
+from dataclasses import fields
+from pathlib import Path
+
+import gymnasium as gym
+import helpers
+import numpy as np
+import pytest
+import torch
+import tyro
+from helpers import (
+    ROOT,
+    assert_one_line_error,
+    assert_same_run,
+    compare_checkpoints,
+    files,
+    killed_at,
+    load,
+    make_robot_data,
+    metrics,
+    run_process,
+    run_script,
+    save_arrays,
+)
+from torch import nn
+
+import aihf_sac_mujoco as aihf
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_robot_data(tmp_path_factory.mktemp("data") / "drift", seed=0)
+
+
+SCRIPT = ROOT / "aihf_sac_mujoco.py"
+OBS_DIM, ACT_DIM, HIDDEN, BATCH, GAMMA, TAU = 3, 2, (8, 7), 16, 0.9, 0.05
+FORMS = ("discounted", "mean")
+pytestmark = pytest.mark.filterwarnings("ignore")  # Gymnasium's, on v4 robots
+
+
+def close(actual, expected, tolerance, name=None):
+    message = (lambda text: f"{name}: {text}") if name else None
+    torch.testing.assert_close(
+        actual, expected, rtol=tolerance, atol=tolerance, msg=message, equal_nan=True
+    )
+
+
+def normal(*shape, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
+
+
+def autograd(value, theta):
+    return torch.autograd.grad(value, list(theta), retain_graph=True)
+
+
+class Linear(nn.Module):
+    """r(x) = θ·x"""
+
+    def __init__(self, theta):
+        super().__init__()
+        self.theta = nn.Parameter(torch.as_tensor(theta, dtype=torch.float64))
+
+    def forward(self, x):
+        return x @ self.theta
+
+
+def new_reward(scale=1.0, bounds=(-2.0, 3.0)):
+    """A float64 reward of features (..., 3)."""
+    torch.manual_seed(1)
+    reward = aihf.Reward(normal(50, 2).numpy(), 1, (4, 3), bounds).double()
+    for parameter in reward.parameters():
+        parameter.data *= scale
+    return reward
+
+
+def finite_differences(f, parameters, step=1e-6):
+    """Central differences: truncation error step² = 1e-12, rounding error 1e-16 f / step."""
+    gradients = [torch.zeros_like(parameter) for parameter in parameters]
+    for parameter, gradient in zip(parameters, gradients):
+        for index in np.ndindex(*parameter.shape):
+            values = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    parameter[index] += sign * step
+                values.append(f().item())
+                with torch.no_grad():
+                    parameter[index] -= sign * step
+            gradient[index] = (values[0] - values[1]) / (2 * step)
+    return gradients
+
+
+# ------------------------------------------------------------------------------------ equations
+DEMOS = [normal(length, 3, seed=length) for length in (4, 9, 1)]
+ROLLOUTS = [0.5 + normal(length, 3, seed=100 + length) for length in (2, 13)]
+
+
+def weighted(trajectories, form):
+    lengths = torch.tensor([len(trajectory) for trajectory in trajectories])
+    return torch.cat(trajectories), aihf.step_weights(lengths, form, GAMMA).double()
+
+
+def slow_mean_return(reward, trajectories, form, gamma=GAMMA):
+    """The mean over trajectories of R(τ), from its definition."""
+    total = 0.0
+    for x in trajectories:
+        weights = [
+            gamma**t if form == "discounted" else 1 / len(x) / (1 - gamma) for t in range(len(x))
+        ]
+        total = total + torch.tensor(weights).double() @ reward(x) / len(trajectories)
+    return total
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_step_weights_have_their_closed_form(form):
+    weights = aihf.step_weights(torch.tensor([2, 3]), form, 0.9)
+    expected = {"discounted": [0.5, 0.45, 0.5, 0.45, 0.405], "mean": [2.5] * 2 + [5 / 3] * 3}[form]
+    close(weights, torch.tensor(expected), 1e-6)  # float32
+    endless = aihf.step_weights(torch.tensor([3000, 3000]), form, 0.99)  # 0.99^3000 = 1e-13
+    assert endless.double().sum().item() == pytest.approx(100, rel=1e-6)  # 1 / (1 - gamma)
+
+
+# step_weights are float32: relative error 6e-8 of terms that add up to at most 10, hence 1e-5.
+@pytest.mark.parametrize("form", FORMS)
+def test_gap_and_its_gradient_g1(form):
+    """Lemma 5.1: g1 = mean over demonstrations of ∇R(τ) - mean over rollouts of ∇R(τ')."""
+    reward = new_reward()
+    demos, rollouts = weighted(DEMOS, form), weighted(ROLLOUTS, form)
+
+    def slow_gap():
+        returns = [slow_mean_return(reward, side, form) for side in (DEMOS, ROLLOUTS)]
+        return returns[0] - returns[1]
+
+    gap = aihf.demonstration_gap(reward, demos, rollouts)
+    close(gap, slow_gap(), 1e-5)
+    g1 = autograd(gap, reward.parameters())
+    assert max(gradient.abs().max() for gradient in g1) > 0.1
+    for slow in (
+        autograd(slow_gap(), reward.parameters()),
+        finite_differences(slow_gap, list(reward.parameters())),
+    ):
+        close(g1, tuple(slow), 1e-5)
+    close(aihf.demonstration_gap(reward, demos, demos).item(), 0.0, 1e-12)
+    close(aihf.demonstration_gap(reward, rollouts, demos), -gap, 1e-12)
+    close(aihf.demonstration_gap(reward, weighted(DEMOS * 2, form), rollouts), gap, 1e-5)
+
+
+PREFERRED, OTHER = normal(5, 4, 3, seed=1), 0.3 + normal(5, 4, 3, seed=2)  # (pairs, steps, ·)
+
+
+def test_preference_likelihood_and_its_gradient_g2():
+    """(27): g2 = mean (1 - σ(R_w - R_l)) ∇(R_w - R_l)."""
+    linear = Linear(normal(3, seed=3))
+    expected, likelihood = torch.zeros(3).double(), 0.0
+    for w, lost in zip(PREFERRED, OTHER):
+        difference = w.sum(0) - lost.sum(0)
+        probability = 1 / (1 + torch.exp(-difference @ linear.theta.detach()))
+        expected += (1 - probability) * difference / len(PREFERRED)
+        likelihood += math.log(probability) / len(PREFERRED)
+    value = aihf.preference_log_likelihood(linear, PREFERRED, OTHER)
+    assert value.item() == pytest.approx(likelihood, rel=1e-12) and expected.abs().max() > 0.1
+    close(autograd(value, [linear.theta])[0], expected, 1e-12)
+
+    reward = new_reward()
+    gradients = autograd(
+        aihf.preference_log_likelihood(reward, PREFERRED, OTHER), reward.parameters()
+    )
+    slow = finite_differences(
+        lambda: aihf.preference_log_likelihood(reward, PREFERRED, OTHER), list(reward.parameters())
+    )
+    close(gradients, tuple(slow), 1e-8)
+    assert aihf.preference_log_likelihood(reward, OTHER, OTHER).item() == pytest.approx(
+        -math.log(2)
+    )
+
+
+def test_preference_likelihood_is_finite_when_a_probability_underflows():
+    w, lost, linear = torch.ones(1, 2, 1), -torch.ones(1, 2, 1), Linear([1000.0]).float()
+    for sides, gradient in (((w, lost), 0.0), ((lost, w), -4.0)):  # certain and right, or wrong
+        value = aihf.preference_log_likelihood(linear, *sides)
+        assert value.item() == (0 if gradient == 0 else -4000)
+        assert autograd(value, [linear.theta])[0].item() == gradient
+
+
+def test_slope_penalty():
+    x, direction = normal(6, 3), torch.tensor([0.6, 0.0, -0.8], dtype=torch.float64)
+    for slope in (
+        0.0,
+        0.5,
+        0.99,
+        1.5,
+        7.0,
+    ):  # the 1e-12 under the root changes the penalty by 1e-12
+        linear = Linear(slope * direction)
+        penalty = aihf.slope_penalty(linear, x)
+        assert penalty.item() == pytest.approx(max(slope - 1, 0) ** 2, abs=1e-9)
+        expected = 2 * max(slope - 1, 0) * direction
+        close(autograd(penalty, [linear.theta])[0], expected, 1e-9)
+
+    reward, points = new_reward(scale=3.0), normal(8, 3, seed=4)
+
+    def slopes():
+        x = points.clone().requires_grad_()
+        return torch.autograd.grad(reward(x).sum(), x)[0].norm(dim=-1)
+
+    def slow():
+        return sum(max(slope - 1, 0) ** 2 for slope in slopes()) / len(points)
+
+    assert slopes().min() < 1 < slopes().max()  # some points count and some do not
+    penalty = aihf.slope_penalty(reward, points)
+    assert penalty.item() == pytest.approx(slow().item(), rel=1e-9)
+    gradients = autograd(penalty, reward.net[0].parameters())
+    close(gradients, tuple(finite_differences(slow, list(reward.net[0].parameters()))), 1e-6)
+
+
+def test_between_draws_points_on_lines():
+    demos, rollouts = normal(4, 3, seed=5).float(), 10 + normal(5, 3, seed=6).float()
+    points = aihf.between(demos, rollouts, 200, np.random.default_rng(0)).double()
+    assert points.shape == (200, 3)
+    lines = (rollouts[None] - demos[:, None]).double()  # (4, 5, 3)
+    away = points[:, None, None] - demos.double()[:, None]  # (200, 4, 1, 3)
+    share = ((away * lines).sum(-1) / lines.square().sum(-1)).clamp(0, 1)  # (200, 4, 5)
+    distance = (away - share[..., None] * lines).norm(dim=-1).flatten(1)
+    assert distance.amin(1).max() < 1e-5  # float32, coordinates of about 10
+    assert len(distance.argmin(1).unique()) == 4 * 5
+    share = share.flatten(1).gather(1, distance.argmin(1, keepdim=True))
+    assert np.histogram(share, bins=4, range=(0, 1))[0].min() > 25  # uniform: 50 ± 6 in a quarter
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 4.0), (-10.0, 10.0), (-2.0, 3.0)])
+def test_reward_is_bounded_with_slope_one_in_the_middle_and_a_gradient_far_out(low, high):
+    reward = aihf.Reward(np.zeros((2, 0)), 1, (), (low, high)).double()  # f(x) = x
+    nn.init.ones_(reward.net[0].weight), nn.init.zeros_(reward.net[0].bias)
+    x = torch.tensor([-30.0, -10.0, -1.0, 0.0, 1.0, 10.0, 30.0]).double().requires_grad_()
+    r = reward(x[:, None])
+    (slope,) = torch.autograd.grad(r.sum(), x)
+    assert r.shape == (7,) and (r > low).all() and (r < high).all() and (slope > 0).all()
+    assert slope[3].item() == pytest.approx(1) and slope.argmax() == 3
+    close(r, (low + high) / 2 + (high - low) / 2 * torch.tanh(2 * x / (high - low)), 1e-12)
+    x = torch.tensor([-10.0, 10.0], requires_grad=True)
+    reward.float()(x[:, None]).sum().backward()
+    assert (x.grad > 1e-6).all()  # in float32 too
+
+
+def test_reward_features():
+    """Standard deviations from the mean, clipped; 1 for a constant; actions as they are."""
+    obs = np.float32([[1, 5, 0, -0.0005], [3, 5, 4e-3, 0.0005]])  # std 1, 0, 2e-3, 5e-4
+    reward = aihf.Reward(obs, 2, (4,), (0.0, 1.0))
+    x = reward.features(np.float32([[4, 7, 4e-3, 1], [90, -90, 0, 2]]), torch.ones(2, 2))
+    close(x, torch.tensor([[2.0, 2, 1, 1, 1, 1], [10, -10, -1, 2, 1, 1]]), 1e-4)
+    assert reward(x[None, None]).shape == (1, 1, 2)
+    assert reward.state_dict().keys() >= {"obs_mean", "obs_std"}  # saved with the network
+
+
+def test_mlp_has_no_nonlinearity_at_its_ends():
+    net = aihf.mlp(5, 4, 3, 2)
+    assert [type(layer) for layer in net] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
+    sizes = [(layer.in_features, layer.out_features) for layer in net[::2]]
+    assert sizes == [(5, 4), (4, 3), (3, 2)]
+
+
+# ------------------------------------------------------------------------------------ the policy
+def constant_actor(mean, log_std):
+    actor = aihf.Actor(1, 1, ()).double()
+    actor.net[0].weight.data.zero_()
+    actor.net[0].bias.data[:] = torch.tensor([mean, log_std], dtype=torch.float64)
+    return actor
+
+
+@pytest.mark.parametrize("mean, std", [(0.0, 0.5), (0.4, 0.3), (-1.2, 0.4)])
+def test_log_prob_is_the_log_of_a_density(mean, std):
+    action = torch.linspace(-1, 1, 200_001, dtype=torch.float64)[1:-1]
+    noise, obs = (torch.atanh(action) - mean) / std, torch.zeros(len(action), 1).double()
+    sampled, log_prob = constant_actor(mean, math.log(std))(obs, noise[:, None])
+    close(sampled[:, 0], action, 1e-10)
+    density = log_prob.detach().exp()
+    assert torch.trapezoid(density, action).item() == pytest.approx(1, abs=1e-6)
+    cumulative = torch.cumulative_trapezoid(density, action)
+    expected = torch.distributions.Normal(0.0, 1.0).cdf(noise[1:])
+    close(cumulative, expected, 1e-6)  # P(action < a) = Φ((atanh(a) - mean) / std)
+
+
+@pytest.mark.parametrize("u", [-100.0, -20.0, -0.001, 0.0, 3.0, 20.0, 100.0])
+def test_log_prob_is_stable_far_out(u):
+    actor, zero = constant_actor(u, 0.0).float(), torch.zeros(1, 1)
+    action, log_prob = actor(zero, zero)
+    log_det = 2 * math.log(2) - 2 * abs(u) - 2 * math.log1p(math.exp(-2 * abs(u)))
+    expected = -0.5 * math.log(2 * math.pi) - log_det
+    assert log_prob.item() == pytest.approx(expected, rel=1e-6, abs=1e-6) and action.abs() <= 1
+    gradient = autograd(log_prob.sum(), [actor.net[0].bias])[0][0].item()
+    assert gradient == pytest.approx(2 * math.tanh(u), abs=1e-6)  # -d log(1 - tanh²) / du
+
+
+@pytest.mark.parametrize("log_std, used", [(-30.0, -20.0), (-1.0, -1.0), (7.0, 2.0)])
+def test_log_std_is_clipped(log_std, used):
+    actor, zero, noise = constant_actor(0.25, log_std), torch.zeros(1, 1), torch.tensor([[0.5]])
+    expected = math.tanh(0.25 + 0.5 * math.exp(used))
+    assert actor(zero.double(), noise.double())[0].item() == pytest.approx(expected, rel=1e-9)
+    action = actor.float().act(np.zeros(1), np.float32([0.5]))
+    assert action.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_act_equals_forward_and_without_noise_is_the_mode():
+    torch.manual_seed(0)
+    actor, obs = aihf.Actor(OBS_DIM, ACT_DIM, HIDDEN), normal(BATCH, OBS_DIM)
+    noise = normal(BATCH, ACT_DIM, seed=1).float()
+    expected, log_prob = actor(obs.float(), noise)
+    assert expected.shape == (BATCH, ACT_DIM) and log_prob.shape == (BATCH,)
+    for i in range(BATCH):
+        action = actor.act(obs[i].numpy(), noise[i].numpy())
+        assert action.dtype == np.float32
+        close(torch.from_numpy(action), expected[i].detach(), 1e-6)
+        mode = torch.tanh(actor.net(obs[i].float())[:ACT_DIM]).detach()
+        close(torch.from_numpy(actor.act(obs[i].numpy(), 0.0)), mode, 1e-6)
+
+
+# ------------------------------------------------------------------------------------------- SAC
+def slow_policy(actor, obs, noise):
+    """Actions and their log-probability from torch.distributions."""
+    mean, log_std = actor(obs).split(noise.shape[-1], dim=-1)
+    std = log_std.clamp(-20, 2).exp()
+    u = mean + std * noise
+    log_prob = torch.distributions.Normal(mean, std).log_prob(u) - torch.log(1 - u.tanh() ** 2)
+    return torch.tanh(u), log_prob.sum(-1)
+
+
+class SlowSAC:
+    """SAC with modules, autograd and torch.optim, in float64."""
+
+    def __init__(self, actor, critics, targets, beta, auto_beta, gamma=GAMMA, tau=TAU):
+        self.actor, self.critics, self.targets = actor, critics, targets
+        self.log_beta = torch.tensor(math.log(beta), dtype=torch.float64, requires_grad=True)
+        self.auto_beta, self.gamma, self.tau, self.updates = auto_beta, gamma, tau, 0
+        critic_parameters = [p for critic in critics for p in critic.parameters()]
+        groups = (actor.parameters(), critic_parameters, [self.log_beta])
+        self.optimizers = [torch.optim.Adam(group) for group in groups]
+
+    def q(self, critics, obs, action):
+        return [critic(torch.cat([obs, action], -1))[:, 0] for critic in critics]
+
+    def descend(self, optimizer, loss):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def update(self, learning_rate, obs, action, reward, next_obs, terminated, noise):
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = float(learning_rate)
+        beta, self.updates = math.exp(self.log_beta.item()), self.updates + 1
+        with torch.no_grad():
+            next_action, next_log_prob = slow_policy(self.actor, next_obs, noise[0])
+            next_q = torch.minimum(*self.q(self.targets, next_obs, next_action))
+            future = self.gamma * (next_q - beta * next_log_prob)
+            backup = torch.where(terminated == 1, reward, reward + future)
+        q1, q2 = self.q(self.critics, obs, action)
+        q_loss = nn.functional.mse_loss(q1, backup) + nn.functional.mse_loss(q2, backup)
+        self.descend(self.optimizers[1], q_loss)
+
+        new_action, log_prob = slow_policy(self.actor, obs, noise[1])
+        new_q = torch.minimum(*self.q(self.critics, obs, new_action))
+        policy_loss = (beta * log_prob - new_q).mean()
+        self.descend(self.optimizers[0], policy_loss)
+        if self.auto_beta:  # haarnoja's loss of β: its entropy tends to -dim(A)
+            entropy_excess = -log_prob.detach().mean() + noise.shape[-1]
+            self.descend(self.optimizers[2], self.log_beta * entropy_excess)
+        with torch.no_grad():
+            for critic, target in zip(self.critics, self.targets):
+                for p, target_p in zip(critic.parameters(), target.parameters()):
+                    target_p.copy_((1 - self.tau) * target_p + self.tau * p)
+        losses = [q_loss, policy_loss, -log_prob.mean(), (q1.mean() + q2.mean()) / 2]
+        return torch.stack(losses).detach()
+
+    def state(self):
+        """Names and tensors as the script's checkpoint has them."""
+        nets = {"actor": {f"net.{k}": p for k, p in self.actor.named_parameters()}}
+        nets["critics"], nets["targets"] = (
+            {f"q{i}.{k}": p for i, q in enumerate(pair, 1) for k, p in q.named_parameters()}
+            for pair in (self.critics, self.targets)
+        )
+        nets["beta"] = {"log": self.log_beta}
+        state = {"updates.count": torch.tensor(float(self.updates)).double()}
+        for net, optimizer in zip(("actor", "critics", "beta"), self.optimizers):
+            for key, p in nets[net].items():
+                moments = optimizer.state.get(p, {})
+                for moment, torch_name in (("mean", "exp_avg"), ("square", "exp_avg_sq")):
+                    state[f"{net}_{moment}.{key}"] = moments.get(torch_name, torch.zeros_like(p))
+        state |= {f"{net}.{key}": p for net, params in nets.items() for key, p in params.items()}
+        return {key: tensor.detach().clone() for key, tensor in state.items()}
+
+
+def new_sac(beta=0.3, dtype=torch.float64):
+    """The modules, and the state of SAC with other target networks than critics."""
+    torch.manual_seed(0)
+    actor = aihf.Actor(OBS_DIM, ACT_DIM, HIDDEN).to(dtype)
+    critics = aihf.Critics(OBS_DIM, ACT_DIM, HIDDEN).to(dtype)
+    sac = aihf.init_sac(actor, critics, beta)
+    sac = {net: {key: p.to(dtype) for key, p in params.items()} for net, params in sac.items()}
+    for number, target in enumerate(sac["targets"].values()):
+        target += 0.1 * normal(*target.shape, seed=number).to(dtype)
+    return actor, critics, sac
+
+
+def slow_copy(actor, critics, sac, auto_beta, beta=0.3):
+    targets = aihf.Critics(OBS_DIM, ACT_DIM, HIDDEN).double()
+    targets.load_state_dict(sac["targets"])
+    nets = copy.deepcopy((actor.net, [critics.q1, critics.q2], [targets.q1, targets.q2]))
+    return SlowSAC(*nets, beta, auto_beta)
+
+
+def new_batch(seed=0, terminated=None):
+    draws = (
+        normal(BATCH, n, seed=10 * seed + i) for i, n in enumerate((OBS_DIM, ACT_DIM, OBS_DIM))
+    )
+    obs, action, next_obs = draws
+    ends = (
+        (torch.arange(BATCH) % 3 == 0) if terminated is None else torch.full((BATCH,), terminated)
+    )
+    noise, reward = normal(2, BATCH, ACT_DIM, seed=10 * seed + 4), normal(BATCH, seed=10 * seed + 3)
+    learning_rate = torch.tensor(1e-3 / (1 + seed)).double()  # of this update: it is annealed
+    return learning_rate, obs, action.tanh(), reward, next_obs, ends.double(), noise
+
+
+# Adam divides by the size of a gradient and so magnifies the error of one close to 0, hence 1e-7.
+@pytest.mark.parametrize("auto_beta", [True, False])
+def test_update_equals_a_slow_sac(auto_beta):
+    actor, critics, sac = new_sac()
+    slow, before = slow_copy(actor, critics, sac, auto_beta), copy.deepcopy(sac)
+    target_entropy = -ACT_DIM if auto_beta else None
+    update = aihf.make_sac_update(actor, critics, GAMMA, TAU, target_entropy)
+    for seed in range(8):
+        batch = new_batch(seed)
+        close(update(sac, *batch), slow.update(*batch), 1e-7)
+    expected = slow.state()
+    assert expected.keys() == helpers.leaves(sac).keys()
+    for name, value in helpers.leaves(sac).items():
+        close(value, expected[name], 1e-7, name)
+        fixed = name.startswith("beta") and not auto_beta
+        assert torch.equal(value, helpers.leaves(before)[name]) == fixed, name
+
+
+@pytest.mark.parametrize("target_entropy, change", [(100.0, 1e-3), (-100.0, -1e-3)])
+def test_beta_rises_when_the_entropy_is_below_its_target(target_entropy, change):
+    actor, critics, sac = new_sac()
+    before = sac["beta"]["log"].item()
+    aihf.make_sac_update(actor, critics, GAMMA, TAU, target_entropy)(sac, *new_batch())
+    assert sac["beta"]["log"].item() - before == pytest.approx(change, rel=1e-6)
+
+
+@pytest.mark.parametrize("terminated", [1, 0])
+def test_backup_ends_at_a_termination_and_goes_on_past_a_truncation(terminated):
+    actor, critics, sac = new_sac()
+    learning_rate, obs, action, reward, next_obs, ends, noise = new_batch(terminated=terminated)
+    slow = slow_copy(actor, critics, sac, True)
+    next_action, log_prob = slow_policy(slow.actor, next_obs, noise[0])
+    future = torch.minimum(*slow.q(slow.targets, next_obs, next_action)) - 0.3 * log_prob
+    backup = reward + (0 if terminated else GAMMA * future)
+    expected = sum(((q - backup) ** 2).mean() for q in slow.q(slow.critics, obs, action)).item()
+    update = aihf.make_sac_update(actor, critics, GAMMA, TAU, None)
+    losses = update(sac, learning_rate, obs, action, reward, next_obs, ends, noise)
+    assert losses[0].item() == pytest.approx(expected, rel=1e-6)  # 0.3 was made in float32
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_adam_equals_torch_optim(dtype, tolerance):
+    """float32: 1 - 0.999^n has a relative error of 6e-5 at n = 1, a step one of 3e-5."""
+    zeros = {name: {"x": torch.zeros(50, dtype=dtype)} for name in ("net_mean", "net_square")}
+    sac = zeros | {"net": {"x": normal(50).to(dtype)}, "updates": {"count": torch.tensor(0.0)}}
+    sac["updates"]["count"] = sac["updates"]["count"].to(dtype)
+    expected = sac["net"]["x"].clone().requires_grad_()
+    optimizer = torch.optim.Adam([expected], lr=0.01)
+    for step in range(20):
+        gradient = (normal(50, seed=step) * 10.0 ** (step % 5 - 3)).to(dtype)
+        gradient[:3] = torch.tensor([0.0, 1e-9, 1e4])  # never moves; epsilon holds it back; huge
+        sac["updates"]["count"] += 1
+        aihf.adam_(sac, "net", {"x": gradient}, torch.tensor(0.01, dtype=dtype))
+        expected.grad = gradient
+        optimizer.step()
+        close(sac["net"]["x"], expected.detach(), tolerance)
+
+
+def test_state_of_sac_shares_memory_with_the_modules_alone():
+    actor, critics = aihf.Actor(OBS_DIM, ACT_DIM, HIDDEN), aihf.Critics(OBS_DIM, ACT_DIM, HIDDEN)
+    sac = aihf.init_sac(actor, critics, 0.2)
+    assert sac["beta"]["log"].exp().item() == pytest.approx(0.2)
+    for module, net in ((actor, "actor"), (critics, "critics")):
+        for key, p in module.named_parameters():
+            assert p.data_ptr() == sac[net][key].data_ptr() and not sac[net][key].requires_grad
+            assert not sac[f"{net}_mean"][key].any() and not sac[f"{net}_square"][key].any()
+    for key, p in sac["critics"].items():
+        assert torch.equal(p, sac["targets"][key])
+    tensors = helpers.leaves(sac).values()
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors)
+    assert not torch.equal(critics.q1[0].weight, critics.q2[0].weight)
+
+
+COMPILER = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+
+
+@pytest.mark.skipif(not shutil.which(COMPILER), reason="no C++ compiler")
+def test_compiled_update_equals_the_eager_one():
+    """float32, sums in another order: Adam makes that a part of its step, 1e-3, near gradient 0."""
+    (actor, critics, eager_sac), (*_, compiled_sac) = (new_sac(dtype=torch.float32) for _ in "12")
+    eager = aihf.make_sac_update(actor, critics, GAMMA, TAU, -ACT_DIM)
+    compiled = aihf.compile_update(eager, compiled_sac, OBS_DIM, ACT_DIM, BATCH)
+    assert compiled is not eager  # it did not fall back
+    assert not compare_checkpoints(eager_sac, compiled_sac)  # the warm-up works on copies
+    for seed in range(6):
+        batch = [tensor.float() for tensor in new_batch(seed)]
+        close(compiled(compiled_sac, *batch), eager(eager_sac, *batch), 1e-4)
+    for name, value in helpers.leaves(compiled_sac).items():
+        if "_" not in name:
+            close(value, helpers.leaves(eager_sac)[name], 1e-4, name)
+
+
+# --------------------------------------------- the whole loop against a slow reference in float64
+LOOP = """--env helpers:Drift-v0 --seed 4 --total-timesteps 72 --policy-steps-per-iteration 28
+--learning-starts 20 --rollout-steps-per-iteration 30 --batch-size 8 --hidden 8 7 --segment-length 4
+--reward-updates-per-iteration 3 --preference-batch-size 6 --demo-weight 0.7 --preference-weight 1.6
+--gradient-penalty 3 --reward-learning-rate 0.02 --rollout-memory 2 --reward-range -1 2 --gamma 0.9
+--tau 0.05 --eval-every 2 --eval-episodes 3 --checkpoint-every 1 --no-compile --no-cuda"""
+BLOCK, POINTS = 20, 50  # in the place of the script's constants
+TOLERANCE = 2e-5  # relative and absolute
+SCALE = 2.5  # of the reward's first weights, so that the penalty on slopes above 1 is at work
+
+
+class SlowRobot:
+    """Drift and its time limit of 12 steps; actions in [-1, 1]."""
+
+    def __init__(self):
+        self.env = gym.make("helpers:Drift-v0", disable_env_checker=True)
+        self.low, self.high = np.array([-1.0, -2.0]), np.array([0.5, 1.0])
+
+    def reset(self, **seed):
+        return self.env.reset(**seed)[0]
+
+    def step(self, action):
+        return self.env.step(self.low + (action + 1) / 2 * (self.high - self.low))[:4]
+
+    def episode(self, actor, seed, noise):
+        """Observations, actions and true rewards of an episode; noise() before each action."""
+        obs, done, steps = self.reset(seed=int(seed)), False, []
+        while not done:
+            action = slow_action(actor, obs, noise())
+            next_obs, true_reward, terminated, truncated = self.step(action)
+            steps.append((obs, action, true_reward))
+            obs, done = next_obs, terminated or truncated
+        return [np.array(column) for column in zip(*steps)]
+
+
+def slow_action(actor, obs, noise):
+    with torch.no_grad():
+        return slow_policy(actor, torch.from_numpy(obs), torch.as_tensor(noise).double())[0].numpy()
+
+
+def slow_episodes(path):
+    """Read an episode file: a list of (observations, actions), the latter in [-1, 1]."""
+    file, episodes, steps, position = np.load(path), [], [], 0
+    low, high = np.array([-1.0, -2.0]), np.array([0.5, 1.0])
+    for t, action in enumerate(file["actions"].astype(float)):
+        obs = file["observations"][position].astype(float)
+        steps.append((obs, (action - (low + high) / 2) / ((high - low) / 2)))
+        position += 1
+        if file["terminations"][t] or file["truncations"][t]:
+            episodes.append([np.array(column) for column in zip(*steps)])
+            steps, position = [], position + 1
+    return episodes
+
+
+def slow_aihf(a: aihf.Args, folder: Path):
+    """Algorithm 1, a state after each iteration; the script's random numbers in its order."""
+
+    def network(*sizes):
+        layers = [
+            layer for pair in zip(sizes, sizes[1:]) for layer in (nn.Linear(*pair), nn.ReLU())
+        ]
+        return nn.Sequential(*layers[:-1]).double()
+
+    torch.manual_seed(a.seed)
+    actor = network(3, *a.hidden, 4)
+    critics = [network(5, *a.hidden, 1), network(5, *a.hidden, 1)]
+    net = network(5, *a.hidden, 1)
+    for p in net.parameters():
+        p.data *= SCALE
+    auto = a.entropy_coefficient == "auto"
+    beta = 1.0 if auto else float(a.entropy_coefficient)
+    sac = SlowSAC(actor, critics, copy.deepcopy(critics), beta, auto, a.gamma, a.tau)
+    adam = torch.optim.Adam(net.parameters())
+    rng, robot = np.random.default_rng(a.seed), SlowRobot()
+
+    used = (["high"] if a.demo_weight else []) + (["medium", "low"] if a.preference_weight else [])
+    tiers = {tier: slow_episodes(folder / f"{tier}.npz") for tier in used}
+    all_obs = np.concatenate([obs for tier in tiers.values() for obs, _ in tier])
+    mean, std = all_obs.mean(0), all_obs.std(0)
+    std[2] = 1.0  # Drift's third observation is a constant
+
+    def features(obs, actions):
+        standard = ((np.asarray(obs) - mean) / std).clip(-10, 10)
+        return torch.from_numpy(np.concatenate([standard, actions], -1))
+
+    def r(x):
+        low, high = a.reward_range
+        return low + (high - low) / (1 + torch.exp(-4 / (high - low) * net(x)[..., 0]))
+
+    def mean_return(trajectories):
+        return slow_mean_return(r, trajectories, a.return_form, a.gamma)
+
+    demos = [features(*episode) for episode in tiers.get("high", [])]
+    anchors = torch.cat(
+        [features(*e) for tier in used[:1] if demos for e in tiers[tier]]
+        or [features(*e) for tier in used for e in tiers[tier]]
+    )
+    pairs = []
+    for row in csv.DictReader(open(folder / "pairs.csv")) if a.preference_weight else ():
+        sides = []
+        for side in "ab":
+            obs, actions = tiers[row[f"tier_{side}"]][int(row[f"episode_{side}"])]
+            start = int(row[f"start_{side}"])
+            sides.append(features(obs, actions)[start : start + a.segment_length])
+        pairs.append(sides if row["label"] == "1" else sides[::-1])
+
+    replay, memory, step, env_steps, iteration = [], [], 0, 0, 0
+    while step < a.total_timesteps:
+        left = 1 - step / a.total_timesteps if a.anneal else 1
+        losses, row = torch.full((4,), math.nan).double(), {}
+        obs = robot.reset(seed=int(rng.integers(2**31)))
+        end, first = min(step + a.policy_steps_per_iteration, a.total_timesteps), step
+        while step < end:  # LOWER LEVEL: environment steps, then as many updates
+            block = min(BLOCK, end - step)
+            for _ in range(block):
+                if len(replay) < a.learning_starts:
+                    action = rng.uniform(-1, 1, 2)
+                else:
+                    action = slow_action(actor, obs, rng.standard_normal(2, np.float32))
+                next_obs, _, terminated, truncated = robot.step(action)
+                replay.append([*obs, *action, *next_obs, terminated])
+                obs = robot.reset() if terminated or truncated else next_obs
+                step += 1
+            if step >= a.learning_starts:
+                index = rng.integers(step, size=(block, a.batch_size))
+                noise = rng.standard_normal((block, 2, a.batch_size, 2), np.float32)
+                for one, its_noise in zip(index, torch.from_numpy(noise).double()):
+                    batch = torch.tensor([replay[i] for i in one], dtype=torch.float64)
+                    s, action, next_s, ended = (
+                        batch[:, :3],
+                        batch[:, 3:5],
+                        batch[:, 5:8],
+                        batch[:, 8],
+                    )
+                    with torch.no_grad():
+                        rewards = r(features(s, action))
+                    rate = a.learning_rate * left
+                    losses = sac.update(rate, s, action, rewards, next_s, ended, its_noise)
+
+        seeds = rng.integers(2**31, size=a.rollout_steps_per_iteration)  # SAMPLE
+        fresh = []
+        while sum(len(episode[0]) for episode in fresh) < a.rollout_steps_per_iteration:
+            draw = lambda: rng.standard_normal(2, np.float32)  # noqa: E731
+            fresh.append(robot.episode(actor, seeds[len(fresh)], draw)[:2])
+        memory = (memory + [fresh])[-a.rollout_memory :]
+        rollouts = [features(*episode) for one in memory for episode in one]
+
+        adam.param_groups[0]["lr"] = a.reward_learning_rate * left  # UPPER LEVEL
+        steepest = 0.0
+        for _ in range(a.reward_updates_per_iteration):
+            loss = 0.0
+            if a.demo_weight:
+                loss = loss - a.demo_weight * (mean_return(demos) - mean_return(rollouts))
+            if a.preference_weight:
+                for i in rng.integers(len(pairs), size=a.preference_batch_size):
+                    margin = r(pairs[i][0]).sum() - r(pairs[i][1]).sum()
+                    likelihood = -torch.log(1 + torch.exp(-margin)) / a.preference_batch_size
+                    loss = loss - a.preference_weight * likelihood
+            if a.gradient_penalty:
+                x_policy = torch.cat(rollouts)
+                i, j = (
+                    rng.integers(len(anchors), size=POINTS),
+                    rng.integers(len(x_policy), size=POINTS),
+                )
+                share = torch.from_numpy(rng.random((POINTS, 1), np.float32)).double()
+                x = ((1 - share) * anchors[i] + share * x_policy[j]).requires_grad_()
+                slope = torch.autograd.grad(r(x).sum(), x, create_graph=True)[0].norm(dim=-1)
+                excess = torch.where(slope > 1, slope - 1, torch.zeros_like(slope))
+                loss = loss + a.gradient_penalty * (excess**2).mean()
+                steepest = max(steepest, slope.max().item())
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        assert steepest > 1.2 or not a.gradient_penalty  # the penalty is at work
+
+        iteration, fresh_steps = iteration + 1, sum(len(episode[0]) for episode in fresh)  # LOG
+        env_steps += step - first + fresh_steps
+        row |= {"charts/iteration": iteration, "charts/sac_steps": step}
+        row |= {"charts/env_steps": env_steps, "charts/episode_length": fresh_steps / len(fresh)}
+        row |= {"charts/SPS": (step - first) / 2, "charts/wall_seconds": 4.0 * iteration}
+        row |= dict(zip(("losses/q", "losses/policy", "losses/entropy", "losses/q_mean"), losses))
+        row["losses/beta"] = sac.log_beta.exp().item()
+        with torch.no_grad():
+            r_policy = r(torch.cat([features(*episode) for episode in fresh]))
+            row |= {"reward/policy": r_policy.mean(), "reward/max": r_policy.max()}
+            if demos:
+                row["reward/demonstrations"] = r(torch.cat(demos)).mean()
+                row["reward/gap"] = row["reward/demonstrations"] - row["reward/policy"]
+            if pairs:
+                margins = torch.stack([r(w).sum() - r(lost).sum() for w, lost in pairs])
+                row["reward/preference_accuracy"] = (margins > 0).double().mean()
+                row["reward/preference_loss"] = torch.log(1 + torch.exp(-margins)).mean()
+        if iteration % a.eval_every == 0 or step == a.total_timesteps:
+            played = [SlowRobot().episode(actor, 10_000 + i, lambda: [0.0, 0.0]) for i in range(3)]
+            returns = [true_rewards.sum() for _, _, true_rewards in played]
+            learned = [r(features(obs, actions)).detach().numpy() for obs, actions, _ in played]
+            true_rewards = np.concatenate([true_rewards for *_, true_rewards in played])
+            row |= {"eval/return_mean": np.mean(returns), "eval/return_std": np.std(returns)}
+            row["eval/length_mean"] = len(true_rewards) / 3
+            correlation = np.corrcoef(np.concatenate(learned), true_rewards)[0, 1]
+            row["eval/reward_correlation"] = correlation
+
+        state = {f"sac.{name}": tensor for name, tensor in sac.state().items()}
+        for i, (key, p) in enumerate(net.named_parameters()):
+            state[f"reward.net.{key}"] = p.detach().clone()
+            state[f"reward_optimizer.state.{i}.exp_avg"] = adam.state[p]["exp_avg"].clone()
+            state[f"reward_optimizer.state.{i}.exp_avg_sq"] = adam.state[p]["exp_avg_sq"].clone()
+            state[f"reward_optimizer.state.{i}.step"] = adam.state[p]["step"].double()
+        state |= {
+            "reward.obs_mean": torch.from_numpy(mean),
+            "reward.obs_std": torch.from_numpy(std),
+        }
+        state["replay"] = torch.tensor(replay, dtype=torch.float64)
+        for i, one in enumerate(memory):
+            for part in range(2):
+                joined = np.concatenate([episode[part] for episode in one])
+                state[f"recent.{i}.{part}"] = torch.from_numpy(joined)
+            state[f"recent.{i}.2"] = torch.tensor([len(episode[0]) for episode in one]).double()
+        state |= {f"log.{iteration}.{key}": torch.as_tensor(x).double() for key, x in row.items()}
+        yield state, copy.deepcopy(rng.bit_generator.state)
+
+
+CHANGES = {
+    "demonstrations and preferences": "",
+    "preferences alone, anchors in their data": "--demo-weight 0 --rollout-memory 1",
+    "demonstrations alone, as in the paper": "--preference-weight 0 --return-form discounted "
+    "--gradient-penalty 0 --no-anneal --entropy-coefficient 0.3 --eval-every 3",
+    "learning starts late": "--learning-starts 29 --checkpoint-every 2 --total-timesteps 58",
+}
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+def test_loop_equals_a_slow_reference(tmp_path, data, monkeypatch, changes):
+    """Checkpoint, metrics and random numbers after each iteration. float32 against float64."""
+    flags = [*LOOP.split(), *changes.split(), "--data-dir", data]
+    args = tyro.cli(aihf.Args, args=[str(flag) for flag in flags])
+    states, save, make_reward, clock = [], torch.save, aihf.Reward, iter(range(0, 2000, 2))
+
+    def scaled_reward(*arguments):
+        reward = make_reward(*arguments)
+        for p in reward.parameters():
+            p.data *= SCALE
+        return reward
+
+    def recording_save(state, path):
+        states.append(copy.deepcopy(state))
+        save(state, path)
+
+    fake_time = types.SimpleNamespace(perf_counter=lambda: next(clock), time_ns=lambda: 0)
+    assert (aihf.BLOCK, aihf.PENALTY_POINTS) == (50, 500)
+    monkeypatch.setattr(aihf, "BLOCK", BLOCK)
+    monkeypatch.setattr(aihf, "PENALTY_POINTS", POINTS)
+    monkeypatch.setattr(aihf, "Reward", scaled_reward)
+    monkeypatch.setattr(aihf, "time", fake_time)
+    monkeypatch.setattr(torch, "save", recording_save)
+    code, out, err = run_script(aihf, flags, tmp_path)
+    total = args.total_timesteps
+    assert code == 0 and f"{total}/{total}" in err and "true return" in err, err
+    for iteration, (expected, random_state) in enumerate(slow_aihf(args, data), start=1):
+        if iteration % args.checkpoint_every and iteration * 28 < total:
+            continue
+        state = states.pop(0)
+        assert state["rng"] == random_state  # the same random numbers were drawn
+        actual = helpers.leaves({key: state[key] for key in ("sac", "reward", "replay", "recent")})
+        actual |= {f"log.{iteration}.{key}": x for key, x in state["log"][iteration].items()}
+        for i, moments in state["reward_optimizer"]["state"].items():
+            actual |= {f"reward_optimizer.state.{i}.{key}": x for key, x in moments.items()}
+        assert actual.keys() == expected.keys()
+        for name, value in expected.items():
+            actual_value = torch.as_tensor(actual[name]).double()
+            close(actual_value, value, TOLERANCE, f"{name} after iteration {iteration}")
+    assert not states and iteration == len(state["log"]) - 1
+    rows = expected["replay"]
+    cut = (rows[:-1, 5:8] != rows[1:, :3]).any(-1)  # the next row begins elsewhere
+    fell = rows[:-1, 8] == 1
+    assert (cut & fell).sum() > 1 and (cut & ~fell).sum() > 1  # falls; iterations, time limits
+
+
+# ---------------------------------------------------------------------------------------- learning
+@pytest.mark.parametrize("reversed_update", [False, True])
+def test_learning_ranks_the_data_and_closes_the_gap(tmp_path, data, monkeypatch, reversed_update):
+    """Planted data: high pushes up, low down. A reward moved downhill learns the opposite."""
+    adam = functools.partial(torch.optim.Adam, maximize=reversed_update)
+    monkeypatch.setattr(torch.optim, "Adam", adam)
+    flags = """--env helpers:Drift-v0 --total-timesteps 400 --policy-steps-per-iteration 200
+    --gamma 0.9 --learning-starts 100 --rollout-steps-per-iteration 60 --batch-size 32
+    --learning-rate 0.01 --hidden 16 --segment-length 4 --reward-updates-per-iteration 40
+    --reward-learning-rate 0.01 --gradient-penalty 10 --eval-every 1 --run-name run
+    --no-compile --no-cuda"""
+    code, out, err = run_script(aihf, [*flags.split(), "--data-dir", data], tmp_path)
+    assert code == 0, err
+    state = load(tmp_path / "runs/run")
+    tiers = [slow_episodes(data / f"{tier}.npz") for tier in ("low", "medium", "high")]
+    reward = aihf.Reward(np.ones((2, 3), np.float32), 2, (16,), (0.0, 4.0))
+    reward.load_state_dict(state["reward"])
+    low, medium, high = (
+        np.mean(
+            [reward(reward.features(*map(np.float32, episode))).mean().item() for episode in tier]
+        )
+        for tier in tiers
+    )
+    _, first, last = state["log"]
+    learned = (
+        high > medium + 0.2 > low + 0.4
+        and last["reward/preference_accuracy"] > 0.9
+        and first["reward/gap"] > 1
+        and abs(last["reward/gap"]) < 0.5
+        and last["eval/return_mean"] > first["eval/return_mean"] + 3
+        and last["eval/reward_correlation"] > 0.5
+    )
+    assert learned != reversed_update, (low, medium, high, first, last)
+
+
+# ------------------------------------------------------------------------------ runs as a user's
+TINY = """--env helpers:Drift-v0 --total-timesteps 120 --policy-steps-per-iteration 30 --hidden 8
+--learning-starts 30 --rollout-steps-per-iteration 20 --batch-size 16 --segment-length 4
+--reward-updates-per-iteration 3 --reward-learning-rate 0.01 --preference-batch-size 8
+--eval-every 2 --eval-episodes 2 --checkpoint-every 2 --run-name run
+--no-compile --no-cuda""".split()
+COLUMNS = """charts/iteration charts/sac_steps charts/env_steps charts/wall_seconds charts/SPS
+charts/episode_length losses/q losses/policy losses/entropy losses/q_mean losses/beta
+reward/demonstrations reward/policy reward/gap reward/max reward/preference_accuracy
+reward/preference_loss eval/return_mean eval/return_std eval/length_mean
+eval/reward_correlation""".split()
+
+
+def run(cwd: Path, data: Path, *flags) -> Path:
+    """Four iterations of 30 steps, checkpoints after 2 and 4, that have to end well: the folder."""
+    code, out, err = run_script(SCRIPT, [*TINY, "--data-dir", data, *flags], cwd)
+    assert code == 0, (out, err)
+    return cwd / "runs" / "run"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, data) -> Path:
+    """The folder of an undisturbed run; read only."""
+    return run(tmp_path_factory.mktemp("plain"), data)
+
+
+@pytest.fixture
+def finished(plain, tmp_path) -> Path:
+    """A copy of it, to spoil."""
+    return Path(shutil.copytree(plain, tmp_path / "finished"))
+
+
+def test_as_a_user_with_the_script_and_read_copied_away(tmp_path):
+    """The data of the default robot, found from the repository's root, past learning starts."""
+    (tmp_path / "data_gen").mkdir()
+    shutil.copy(SCRIPT, tmp_path)
+    shutil.copy(ROOT / "data_gen" / "read.py", tmp_path / "data_gen")
+    (tmp_path / "data_gen" / "assets").symlink_to(ROOT / "data_gen" / "assets")
+    flags = """--seed 3 --total-timesteps 100 --policy-steps-per-iteration 50 --learning-starts 50
+    --rollout-steps-per-iteration 20 --batch-size 16 --eval-every 1 --eval-episodes 1
+    --no-compile"""
+    code, out, err = run_process([SCRIPT.name, *flags.split()], tmp_path, PYTHONPATH="")
+    assert code == 0 and "final true return" in out, err
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"Hopper-v4__aihf_sac_mujoco__3__\d+", folder.name)
+    assert f"python benchmark/plot.py runs/{folder.name}" in out
+    table = metrics(folder)[1:]  # after the row of zeros that a run begins from
+    assert set(table[0]) == set(COLUMNS) and len(table) == 2
+    for i, row in enumerate(table, start=1):
+        assert (row["charts/iteration"], row["charts/sac_steps"]) == (str(i), str(50 * i))
+        finite = set(COLUMNS) - (
+            {name for name in COLUMNS if "losses/" in name} if i == 1 else set()
+        )
+        assert all(np.isfinite(float(row[name])) for name in finite)
+        assert int(row["charts/env_steps"]) >= 70 * i
+    saved, state = json.loads((folder / "args.json").read_text()), load(folder)
+    assert saved.pop("script") == state["script"] == "aihf_sac_mujoco.py"
+    assert set(saved) == set(state["args"]) == {field.name for field in fields(aihf.Args)}
+    assert (saved["seed"], state["args"]["hidden"], saved["run_name"]) == (3, (64, 64), folder.name)
+
+
+def test_a_seed_gives_a_run_its_name_and_its_bits(tmp_path, data, plain):
+    assert_same_run(run(tmp_path, data), plain)
+    for _ in range(2):
+        flags = [*TINY, "--data-dir", data, "--total-timesteps", 30, "--seed", 2]
+        flags = [flag for flag in flags if flag not in ("--run-name", "run")]
+        assert run_script(SCRIPT, flags, tmp_path)[0] == 0
+    one, two = (
+        tmp_path / "runs" / name for name in os.listdir(tmp_path / "runs") if "__2__" in name
+    )
+    assert_same_run(one, two)
+    assert compare_checkpoints(load(one)["log"][1], load(plain)["log"][1])
+
+
+@pytest.mark.parametrize("compiler", ["works", "raises"])
+def test_compiling_changes_nothing(tmp_path, data, plain, monkeypatch, compiler):
+    """Not even its warm-up on copies; without a compiler the run is eager and says so."""
+    compiled = []
+
+    def no_compiler(*args):
+        raise RuntimeError("no C++ compiler\nat all")
+
+    def compile(update, **options):
+        compiled.append(update)
+        return update if compiler == "works" else no_compiler
+
+    monkeypatch.setattr(torch, "compile", compile)
+    flags = [*TINY, "--data-dir", data, "--compile"]
+    code, out, err = run_script(SCRIPT, flags, tmp_path)
+    assert code == 0 and len(compiled) == 1 and "compiling" in out, err
+    assert len(re.findall("torch.compile failed .*no C.. compiler at all.* eager", out)) == (
+        compiler == "raises"
+    )
+    assert_same_run(tmp_path / "runs" / "run", plain)
+
+
+def test_tracking_is_asked_for_and_may_refuse(tmp_path, data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # to import it would raise
+    folder, calls = run(tmp_path, data, "--total-timesteps", 30), []
+    shutil.rmtree(folder)
+    result = run_script(SCRIPT, [*TINY, "--data-dir", data, "--track"], tmp_path)
+    assert_one_line_error(result, "wandb")
+    wandb = types.SimpleNamespace(init=lambda **k: calls.append(k))
+    wandb.log = lambda row, step: calls.append((step, row))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run(tmp_path, data, "--track", "--total-timesteps", 60)
+    settings, *logged = calls
+    assert settings["id"] == "run" and settings["config"]["total_timesteps"] == 60
+    assert [step for step, _ in logged] == [30, 60]
+    for (_, row), written in zip(logged, metrics(folder)[1:]):
+        assert {k: f"{v:.9g}" for k, v in row.items()} == {k: v for k, v in written.items() if v}
+    shutil.rmtree(folder)
+
+    def refuse(**settings):
+        raise RuntimeError("no API key\nlog in first")
+
+    wandb.init = refuse
+    result = run_script(SCRIPT, [*TINY, "--data-dir", data, "--track"], tmp_path)
+    assert_one_line_error(result, "no API key log in first")
+    assert not folder.exists()
+
+
+def test_video_is_of_the_final_policy(tmp_path, data, monkeypatch):
+    films = []
+
+    class Film(gym.Wrapper):
+        def __init__(self, env, folder, trigger):
+            super().__init__(env)
+            films.append((folder, [trigger(i) for i in range(3)]))
+
+        def close(self):
+            films.append("closed")
+
+    monkeypatch.setitem(sys.modules, "moviepy", types.ModuleType("moviepy"))
+    monkeypatch.setattr(gym.wrappers, "RecordVideo", Film)
+    run(tmp_path, data, "--capture-video", "--total-timesteps", 30)
+    assert films == [("runs/run/video", [True, False, False]), "closed"]
+
+
+# --------------------------------------------------------------------- what training may not see
+def test_training_cannot_see_the_true_reward(tmp_path, data, plain, monkeypatch):
+    make, rng = gym.make, np.random.default_rng(7)
+
+    class Liar(gym.Wrapper):
+        def step(self, action):
+            obs, _, *rest = self.env.step(action)
+            return obs, 1e6 * rng.standard_normal(), *rest
+
+    monkeypatch.setattr(gym, "make", lambda *args, **kwargs: Liar(make(*args, **kwargs)))
+    folder = run(tmp_path, data)
+    assert_same_run(folder, plain, without="eval/")
+    assert metrics(folder)[-1]["eval/return_mean"] != metrics(plain)[-1]["eval/return_mean"]
+
+
+def test_rewards_in_the_data_are_not_read(tmp_path, data, plain):
+    shutil.copytree(data, tmp_path / "data")
+    save_arrays(tmp_path / "data" / "high.npz", rewards=None)
+    for tier in ("low", "medium"):
+        save_arrays(tmp_path / "data" / f"{tier}.npz", rewards=np.full(3, np.nan))
+    assert_same_run(run(tmp_path, tmp_path / "data"), plain)
+
+
+@pytest.mark.parametrize(
+    "flag, names",
+    [
+        ("--demo-weight", ["high.npz"]),
+        ("--preference-weight", ["low.npz", "medium.npz", "pairs.csv"]),
+    ],
+)
+def test_weight_zero_needs_no_data(tmp_path, data, flag, names):
+    """Demonstrations, or preferences, of weight 0 may be damaged or none at all: the same bits."""
+    folders, columns = [], {"--demo-weight": "reward/gap"}.get(flag, "reward/preference_loss")
+    for kind in ("given", "damaged", "absent"):
+        shutil.copytree(data, tmp_path / kind / "data")
+        for name in names:
+            if kind != "given":
+                (tmp_path / kind / "data" / name).unlink()
+            if kind == "damaged":
+                (tmp_path / kind / "data" / name).write_text("nothing")
+        flags = ["--total-timesteps", 60, flag, 0]
+        folders.append(run(tmp_path / kind, tmp_path / kind / "data", *flags))
+    assert_same_run(folders[0], folders[1])
+    assert_same_run(folders[0], folders[2])
+    assert columns not in metrics(folders[0])[0]
+
+
+# ------------------------------------------------------------------------- kill, resume, evaluate
+# Calls of os.replace: args.json, metrics.csv of iterations 1 and 2, checkpoint of 2, metrics.csv of
+# 3 and 4, checkpoint of 4. An iteration has 3 steps of the reward's Adam and 30 updates of SAC.
+@pytest.mark.parametrize(
+    "function, call, rows",
+    [
+        ("torch.optim:Adam.step", 2, 0),  # before the first checkpoint
+        ("torch.func.functional_call", 483, 3),  # in iteration 4, metrics.csv being younger
+        ("os.replace", 7, 4),  # the last checkpoint written, but not yet under its name
+    ],
+)
+def test_kill_and_resume(tmp_path, data, plain, function, call, rows):
+    flags, folder = [*TINY, "--data-dir", data], tmp_path / "runs" / "run"
+    code, out, err = killed_at(function, call, SCRIPT, flags, tmp_path)
+    assert code == -signal.SIGKILL, (out, err)
+    assert rows == len(metrics(folder)[1:]) if rows else not (folder / "metrics.csv").exists()
+    if rows < 3:  # no checkpoint: the run may begin again under its name
+        assert_one_line_error(run_script(SCRIPT, ["--resume", folder], tmp_path), "no checkpoint")
+        run(tmp_path, data)
+    else:
+        assert_one_line_error(run_script(SCRIPT, flags, tmp_path), "--resume runs/run")
+        code, out, err = run_script(SCRIPT, ["--resume", folder], tmp_path)
+        assert code == 0, (out, err)
+        assert "120/120" in err
+    assert_same_run(folder, plain)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in plain.iterdir()}
+
+
+def test_two_writers_and_a_kill_from_outside(tmp_path, data):
+    """The second process is refused while the first writes, and carries on once that is dead."""
+    flags = [*TINY, "--data-dir", data, "--total-timesteps", 240, "--checkpoint-every", 1]
+    folder = tmp_path / "runs" / "run"
+    (tmp_path / "whole").mkdir()
+    whole = run(tmp_path / "whole", data, "--total-timesteps", 240, "--checkpoint-every", 1)
+    first = helpers.start_process([SCRIPT, *flags], tmp_path)
+    while not (folder / "checkpoint.pt").exists() and first.poll() is None:
+        time.sleep(0.01)
+    os.kill(first.pid, signal.SIGSTOP)
+    os.waitpid(first.pid, os.WUNTRACED)
+    before = files(folder)
+    for argv in (["--resume", folder], flags):
+        refused = run_script(SCRIPT, argv, tmp_path)
+        assert_one_line_error(refused, "another process")
+    assert files(folder) == before
+    first.kill()
+    first.communicate()
+    code, out, err = run_script(SCRIPT, ["--resume", folder], tmp_path)
+    assert code == 0, (out, err)
+    assert_same_run(folder, whole)
+
+
+@pytest.mark.parametrize("call, saved", [(2, False), (8, True)])
+def test_interrupt_says_how_to_carry_on(tmp_path, data, plain, monkeypatch, call, saved):
+    step, calls = torch.optim.Adam.step, []
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", interrupted)
+    code, out, err = run_script(SCRIPT, [*TINY, "--data-dir", data], tmp_path)
+    assert code == 130 and ("--resume runs/run" in out) == saved and "Traceback" not in err
+    again = ["--resume", "runs/run"] if saved else [*TINY, "--data-dir", data]
+    assert run_script(SCRIPT, again, tmp_path)[0] == 0
+    assert_same_run(tmp_path / "runs/run", plain)
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path, finished):
+    before = files(finished)
+    code, out, err = run_script(SCRIPT, ["--resume", finished], tmp_path)
+    after = files(finished)
+    assert code == 0 and after.pop("args.json") != before.pop("args.json") and after == before, err
+    true_return = float(metrics(finished)[-1]["eval/return_mean"])
+    assert f"final true return {true_return:.0f}" in out
+
+
+def test_flags_beside_resume_win(tmp_path, finished, plain):
+    flags = ["--total-timesteps", 150, "--learning-rate", "0.003", "--demo-weight", "2"]
+    code, out, err = run_script(SCRIPT, ["--resume", finished, *flags], tmp_path)
+    assert code == 0, (out, err)
+    state = load(finished)
+    assert len(state["replay"]) == 150 and len(state["log"]) == 6
+    kept = {"gamma": 0.99, "segment_length": 4, "learning_rate": 0.003, "demo_weight": 2.0}
+    assert {name: state["args"][name] for name in kept} == kept
+    assert metrics(finished)[:5] == metrics(plain)
+
+
+def test_evaluate_prints_the_true_return(tmp_path, finished):
+    before, robot = files(finished), SlowRobot()
+    code, out, err = run_script(SCRIPT, ["--evaluate", finished, "--eval-episodes", 3], tmp_path)
+    assert code == 0 and files(finished) == before and not (tmp_path / "runs").exists(), err
+    actor = aihf.Actor(3, 2, (8,))
+    actor.load_state_dict(load(finished)["sac"]["actor"])
+    episodes = [robot.episode(actor.net.double(), 10_000 + i, lambda: [0, 0]) for i in range(3)]
+    returns = [true_rewards.sum() for *_, true_rewards in episodes]
+    assert f"true return {np.mean(returns):.0f} ± {np.std(returns):.0f}" in out
+
+
+def test_other_data_is_refused(tmp_path, data):
+    shutil.copytree(data, tmp_path / "data")
+    folder = run(tmp_path, tmp_path / "data", "--total-timesteps", 30)
+    before, pairs = files(folder), tmp_path / "data" / "pairs.csv"
+    text = pairs.read_text()
+    pairs.write_text(text[:-2] + ("1" if text[-2] == "0" else "0"))
+    assert_one_line_error(run_script(SCRIPT, ["--resume", folder], tmp_path), "other data")
+    pairs.write_text(text)
+    for tier, name in (("low", "observations"), ("high", "actions")):
+        path = tmp_path / "data" / f"{tier}.npz"
+        array = np.load(path)[name]
+        save_arrays(path, **{name: 0.99 * array})
+        assert_one_line_error(run_script(SCRIPT, ["--resume", folder], tmp_path), "other data")
+        save_arrays(path, **{name: array})
+    assert files(folder) == before
+
+
+# -------------------------------------------------------------------------- disks and numbers
+@pytest.mark.parametrize("broken", ["fsync", "save"])
+def test_full_disk(tmp_path, data, plain, monkeypatch, broken):
+    """One line, the checkpoint before it whole, no temporary file; and the run carries on."""
+    original, calls = {"fsync": os.fsync, "save": torch.save}[broken], []
+
+    def full(*args):
+        calls.append(1)
+        if len(calls) == {"fsync": 7, "save": 2}[broken]:  # of the last checkpoint
+            raise OSError(28, "No space left on device")
+        return original(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os if broken == "fsync" else torch, broken, full)
+        result = run_script(SCRIPT, [*TINY, "--data-dir", data], tmp_path)
+    folder = tmp_path / "runs" / "run"
+    assert_one_line_error(result, "checkpoint.pt", "No space left", code=1)
+    assert len(load(folder)["log"]) == 3 and not list(folder.glob(".*"))
+    assert run_script(SCRIPT, ["--resume", folder], tmp_path)[0] == 0
+    assert_same_run(folder, plain)
+
+
+def nan(sac, losses, net=None):
+    for tensor in sac[net].values() if net else ():
+        tensor.fill_(math.nan)
+    return losses if net else losses * math.nan
+
+
+# SAC's updates 61 to 90 are iteration 3's, at steps 61 to 90; the reward's are 7 to 9.
+@pytest.mark.parametrize(
+    "net, at, step, names",
+    [
+        (None, 90, 90, "sac_losses"),
+        ("critics", 70, 90, "sac_losses"),
+        ("actor", 85, 90, "sac_losses"),
+        ("actor", 120, 120, "actor|net.*|reward_objective"),
+        ("reward", 8, 90, "reward_objective"),
+        ("reward", 9, 120, "rewards"),
+    ],
+)
+def test_not_finite(tmp_path, data, monkeypatch, net, at, step, names):
+    make_update, adam_step, calls = aihf.make_sac_update, torch.optim.Adam.step, []
+
+    def spoiled_make_update(*arguments):
+        update = make_update(*arguments)
+
+        def spoiled(sac, *batch):
+            calls.append(1)
+            losses = update(sac, *batch)
+            return nan(sac, losses, net) if len(calls) == at else losses
+
+        return spoiled
+
+    def spoiled_step(self, *args):
+        adam_step(self, *args)
+        calls.append(1)
+        if len(calls) == at:
+            self.param_groups[0]["params"][0].data.fill_(math.nan)
+
+    if net == "reward":
+        monkeypatch.setattr(torch.optim.Adam, "step", spoiled_step)
+    else:
+        monkeypatch.setattr(aihf, "make_sac_update", spoiled_make_update)
+    code, out, err = run_script(aihf, [*TINY, "--data-dir", data], tmp_path)
+    ((name, at_step),) = re.findall(r"(?m)^error: (\S+) is not finite at step (\d+)", err)
+    assert code == 1 and re.fullmatch(names, name) and int(at_step) == step
+    state = load(tmp_path / "runs" / "run")
+    assert all(
+        value.isfinite().all() for value in helpers.leaves([state["sac"], state["reward"]]).values()
+    )
+
+
+# --------------------------------------------------------------------------------------- bad input
+def register(name, **attributes):
+    def make(render_mode=None):
+        robot = helpers.Drift()
+        for attribute, value in attributes.items():
+            setattr(robot, attribute, value)
+        return robot
+
+    limit = None if name == "Endless" else 12
+    gym.register(f"{name}-v0", make, max_episode_steps=limit)
+
+
+BOX = gym.spaces.Box
+register("Unbounded", action_space=BOX(-np.inf, np.inf, (2,)))
+register("Half", action_space=BOX(np.zeros(2, np.float32), np.float32([1, np.inf])))
+register("Dict", observation_space=gym.spaces.Dict(observation=BOX(-1, 1, (3,))))
+register("Pixels", observation_space=BOX(0, 255, (8, 8, 3), np.uint8))
+register("Discrete", action_space=gym.spaces.Discrete(3))
+register("Endless")
+
+BAD = [  # flags, and what the message has to say
+    *(
+        (f"--env {name}-v0 --env-id {name}-v0", f"{name}-v0 is not a MuJoCo robot")
+        for name in ("Unbounded", "Half", "Dict", "Pixels", "Discrete", "Endless")
+    ),
+    ("--env CartPole-v1", "CartPole-v1"),
+    ("--env Pendulum-v1", "is not a MuJoCo robot"),
+    ("--env NoSuchRobot-v4", "NoSuchRobot"),
+    ("--env nosuchmodule:Hopper-v4", "nosuchmodule"),
+    ("--env InvertedPendulum-v4", "another robot"),
+    ("--data-dir nowhere", "data_gen/mujoco_data.py"),
+    ("--segment-length 7", "--segment-length 7"),
+    ("--capture-video", "moviepy"),
+    ("--demo-weight 0 --preference-weight 0", "nothing to learn"),
+    ("--run-name ../../x", "plain name"),
+    ("--run-name ..", "plain name"),
+    ("--evaluate nowhere", "no checkpoint"),
+    ("--resume nowhere", "no checkpoint"),
+    ("--runs-dir a_file", "a_file"),
+    ("--gamma 1", "--gamma"),
+    ("--tau 1.5", "--tau"),
+    ("--reward-range 4 0", "--reward-range"),
+    ("--hidden 8 0", "--hidden"),
+    ("--reward-range 1 1", "--reward-range"),
+    ("--reward-range 0 nan", "--reward-range"),
+    ("--reward-range -inf 0", "--reward-range"),
+    ("--entropy-coefficient 0", "--entropy-coefficient"),
+    ("--entropy-coefficient=-1", "--entropy-coefficient"),
+    ("--seed 18446744073709551616", "--seed"),
+    ("--entropy-coefficient nan", "--entropy-coefficient"),
+    ("--threads 100000000000", "Overflow"),
+    ("--entropy-coefficient inf", "--entropy-coefficient"),
+    ("--learning-rate nan", "--learning-rate"),
+    ("--entropy-coefficient automatic", "automatic"),
+    ("--learning-rate 1e300", "--learning-rate"),
+    ("--total-timesteps 100000000000000", "allocate"),
+    ("--batch-size=-1", "--batch-size"),
+    (f"--total-timesteps {'9' * 400}", "--total-timesteps"),
+    ("--gradient-penalty inf", "--gradient-penalty"),
+]
+
+
+@pytest.mark.parametrize("flags, fragment", BAD, ids=[flags[:45] for flags, _ in BAD])
+def test_bad_input(tmp_path, data, monkeypatch, flags, fragment):
+    """One line, exit code 2, and nothing written."""
+    monkeypatch.setitem(sys.modules, "moviepy", None)
+    (tmp_path / "a_file").write_text("a file")
+    result = run_script(SCRIPT, [*TINY, "--data-dir", data, *flags.split()], tmp_path)
+    assert_one_line_error(result, fragment)
+    assert files(tmp_path) == {"a_file": b"a file"} and len(list(tmp_path.iterdir())) == 1
+
+
+BAD_RUNS = {  # what is done to checkpoint.pt, and what the message has to say
+    "missing": (lambda path: path.unlink(), "no checkpoint"),
+    "empty": (lambda path: path.write_bytes(b""), "damaged"),
+    "cut off": (lambda path: path.write_bytes(path.read_bytes()[:-3000]), "damaged"),
+    "a text": (lambda path: path.write_text("hello"), "damaged"),
+    "a pickle": (lambda path: torch.save(Path("x"), path), "damaged"),
+    "a tensor": (lambda path: torch.save(torch.zeros(3), path), "no checkpoint of"),
+    "another script's": (lambda path: torch.save({"script": "other.py"}, path), "no checkpoint of"),
+    "without its replay": (lambda path: change_state(path, lambda s: s.pop("replay")), "replay"),
+    "without a network": (lambda path: change_state(path, lambda s: s["reward"].clear()), "Reward"),
+    "of a foreign argument": (
+        lambda path: change_state(path, lambda s: s["args"].update(x=1)),
+        "x",
+    ),
+    "of other networks": (
+        lambda path: change_state(path, lambda s: s["args"].update(hidden=(9,))),
+        "size",
+    ),
+}
+
+
+def change_state(path, change):
+    state = torch.load(path)
+    change(state)
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize("spoil, fragment", BAD_RUNS.values(), ids=BAD_RUNS)
+def test_damaged_checkpoint(tmp_path, finished, spoil, fragment):
+    spoil(finished / "checkpoint.pt")
+    before = files(finished)
+    for flag in ("--resume", "--evaluate"):
+        assert_one_line_error(run_script(SCRIPT, [flag, finished], tmp_path), fragment)
+    assert files(finished) == before
