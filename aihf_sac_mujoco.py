@@ -253,7 +253,7 @@ def main() -> None:
             bar.update(block)
 
         # ========================================================== SAMPLE: τ' ~ π_{k+1}, τ ~ D
-        seeds = rng.integers(2**31, size=args.rollout_steps_per_iteration)  # an episode has a step
+        seeds = rng.integers(2**31, size=args.rollout_steps_per_iteration)  # more than enough
         fresh = play(env, actor, seeds, args.rollout_steps_per_iteration, rng)[:3]
         recent = [*recent, fresh][-args.rollout_memory :]
         rollouts = weighted(*map(torch.cat, zip(*recent)))
