@@ -19,7 +19,6 @@ Three departures from the paper matter (README.md has all of them):
 
 import copy
 import math
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,24 +40,27 @@ from data_gen import read
 class Args:
     env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "Hopper-v4"  # a MuJoCo robot
     seed: int = 1  # of networks, exploration, batches, rollouts; evaluation has seeds of its own
-    total_timesteps: int = 300_000  # SAC steps; HalfCheetah: 600k, Walker2d: 1M
+    total_timesteps: int = 0  # SAC steps; 0: 100,000 for each dimension of the robot's actions
     data_dir: str = ""  # high.npz, medium.npz, low.npz, pairs.csv; "": data_gen/assets/mujoco/<env>
 
     # Upper level: the reward
     demo_weight: float = 1.0  # α of (8a); 0 is RLHF's reward learning
-    preference_weight: float = 1.0  # 0 is maximum-likelihood inverse reinforcement learning
-    reward_updates_per_iteration: int = 20  # Adam steps (the authors' code: 1, in longer runs)
+    preference_weight: float = 10.0  # 0: maximum-likelihood inverse reinforcement (paper: 1)
+    preference_temperature: float = 5.0  # R(τ) of (11) is divided by it (paper: 1)
+    reward_updates_per_iteration: int = 100  # Adam steps (the authors' code: 1, in longer runs)
+    demo_batch_size: int = 2_000  # steps of demonstrations, and of rollouts, in each, for g1
     rollout_steps_per_iteration: int = 2_000  # of fresh whole episodes for g1, at least
     return_form: Literal["discounted", "mean"] = "mean"  # R(τ) in g1 (paper: discounted)
     segment_length: int = 50  # steps of each side of a preference
     preference_batch_size: int = 64  # pairs in each reward update
     rollout_memory: int = 10  # latest policies whose rollouts g1 sees (Lemma 5.1: 1)
     reward_learning_rate: float = 3e-4  # Adam's (paper: 1e-4)
-    reward_range: tuple[float, float] = (0.0, 4.0)  # bounds of r; HalfCheetah, no falls: -10 10
+    reward_range: tuple[float, float] | None = None  # of r; None: 0 4 if it can fall, -10 10 if not
     gradient_penalty: float = 1000.0  # weight of the penalty on slopes of r above 1 (paper: none)
 
     # Lower level: the policy
     policy_steps_per_iteration: int = 5_000  # SAC steps in each policy alignment
+    data_in_replay: bool = True  # SAC learns from the data's transitions too (paper: no)
     learning_starts: int = 5_000  # steps of uniformly random actions before the first update
     learning_rate: float = 1e-3  # Adam's (paper: 3e-3; the authors' code: 1e-3)
     anneal: bool = True  # let both learning rates fall linearly to 0 (paper: no)
@@ -80,13 +82,8 @@ class Args:
     cuda: bool = True  # use a GPU when there is one; networks this small are faster on a CPU core
     threads: int = 1  # CPU threads of torch
     track: bool = False  # log to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY ...)
-    capture_video: bool = False  # film the final policy (pip install -e '.[video]')
 
 
-PRESETS = {  # flags that come before the user's own
-    "HalfCheetah": "--total-timesteps 600000 --reward-range -10 10",
-    "Walker2d": "--total-timesteps 1000000",
-}
 SCRIPT = "aihf_sac_mujoco.py"
 BLOCK = 50  # environment steps, then as many updates: Spinning Up's update_every
 LOSSES = ("losses/q", "losses/policy", "losses/entropy", "losses/q_mean")  # what SAC returns
@@ -139,10 +136,19 @@ def demonstration_gap(reward, demos, rollouts) -> Tensor:
     return (w_demos * reward(x_demos)).sum() - (w_policy * reward(x_policy)).sum()
 
 
-def preference_log_likelihood(reward, preferred: Tensor, other: Tensor) -> Tensor:
-    """L2, (11): mean log σ(R(τ_w) - R(τ_l)) over pairs of segments, (pairs, steps, obs_dim +
-    act_dim) each, R a sum over steps: (). Its gradient in θ is g2, (27)."""
-    return F.logsigmoid((reward(preferred) - reward(other)).sum(-1)).mean()
+def draw(steps, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Features and weights of count steps, drawn in proportion to the weights of all (N,) and then
+    of equal weight and the same sum: their Σ weight · r is unbiased."""
+    x, weights = steps
+    shares = weights.double().cpu() / weights.double().sum().cpu()
+    index = torch.from_numpy(rng.choice(len(x), count, p=shares.numpy()))
+    return x[index], (weights.sum() / count).expand(count)
+
+
+def preference_log_likelihood(reward, preferred, other, temperature: float) -> Tensor:
+    """L2, (11): mean log σ((R(τ_w) - R(τ_l)) / temperature) over pairs of segments, (pairs, steps,
+    obs_dim + act_dim) each, R a sum over steps: (). Its gradient in θ is g2, (27)."""
+    return F.logsigmoid((reward(preferred) - reward(other)).sum(-1) / temperature).mean()
 
 
 def slope_penalty(reward, x: Tensor) -> Tensor:
@@ -168,8 +174,9 @@ def main() -> None:
         torch.manual_seed(args.seed)  # of networks
         rng = np.random.default_rng(args.seed)  # of batches, exploration and resets
         device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-        env, eval_env = make_env(args.env), make_env(args.env, args.capture_video)
+        env, eval_env = make_env(args.env), make_env(args.env)
         (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
+        args.total_timesteps = args.total_timesteps or 100_000 * act_dim
 
         data_dir = Path(args.data_dir or f"data_gen/assets/mujoco/{args.env}")
         used = ["high"] * (args.demo_weight > 0) + ["medium", "low"] * (args.preference_weight > 0)
@@ -182,11 +189,19 @@ def main() -> None:
         tuned = args.entropy_coefficient == "auto"
         sac = init_sac(actor, critics, 1.0 if tuned else float(args.entropy_coefficient))
         update = make_sac_update(actor, critics, args.gamma, args.tau, -act_dim if tuned else None)
+        if not args.reward_range:  # does an episode of the untrained policy end before its time?
+            lengths = play(env, actor, range(3), rng=np.random.default_rng(0))[2]
+            falls = lengths.min() < env.spec.max_episode_steps
+            args.reward_range = (0.0, 4.0) if falls else (-10.0, 10.0)
         all_obs = np.concatenate([tier.obs for tier in tiers.values()])
         reward = Reward(all_obs, act_dim, args.hidden, args.reward_range).to(device)
         reward_optimizer = torch.optim.Adam(reward.parameters())
         widths = (obs_dim, act_dim, obs_dim, 1)  # a transition: s, a, s', whether it ended there
-        replay = np.zeros((args.total_timesteps, sum(widths)), np.float32)
+        fields = [(t.obs, t.actions, t.next_obs, t.terminated) for t in tiers.values()]
+        given = [np.column_stack(arrays) for arrays in fields if args.data_in_replay]
+        empty = np.zeros((args.total_timesteps, sum(widths)), np.float32)
+        replay = np.concatenate([*given, empty])
+        known = len(replay) - len(empty)  # transitions of the data come before the policy's own
         recent = []  # rollouts of the latest policies: observations, actions, lengths
         counts = ("charts/iteration", "charts/sac_steps", "charts/env_steps", "charts/wall_seconds")
         log = [dict.fromkeys(counts, 0)]  # rows of metrics.csv, one an iteration
@@ -199,7 +214,7 @@ def main() -> None:
                     sac[net][key].copy_(tensor)
             reward.load_state_dict(state["reward"])
             reward_optimizer.load_state_dict(state["reward_optimizer"])
-            replay[: len(state["replay"])] = state["replay"]
+            replay[known : known + len(state["replay"])] = state["replay"]
             recent, log, rng.bit_generator.state = state["recent"], state["log"], state["rng"]
         track = read.tracker(args)
         run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, SCRIPT)
@@ -208,7 +223,7 @@ def main() -> None:
         weights = step_weights(torch.as_tensor(lengths), args.return_form, args.gamma)
         return reward.features(obs, actions), weights.to(device)
 
-    data = {tier: weighted(*episodes) for tier, episodes in tiers.items()}
+    data = {tier: weighted(*episodes[:3]) for tier, episodes in tiers.items()}
     anchors = data["high"][0] if args.demo_weight else torch.cat([x for x, _ in data.values()])
     segments = [  # preferred and other, (pairs, segment_length, obs_dim + act_dim) each
         torch.stack([data[tier][0][start : start + args.segment_length] for tier, start in side])
@@ -236,11 +251,11 @@ def main() -> None:
                 else:
                     action = actor.act(obs, rng.standard_normal(act_dim, np.float32))
                 next_obs, _, terminated, truncated, _ = env.step(action)
-                replay[step] = np.concatenate([obs, action, next_obs, [terminated]])
+                replay[known + step] = np.concatenate([obs, action, next_obs, [terminated]])
                 obs = env.reset()[0] if terminated or truncated else next_obs
                 step += 1
             if step >= args.learning_starts:
-                index = rng.integers(step, size=(block, args.batch_size))
+                index = rng.integers(known + step, size=(block, args.batch_size))
                 batches = torch.from_numpy(replay[index]).to(device).split(widths, dim=-1)
                 s, a, next_s, ended = (field.contiguous() for field in batches)
                 with torch.no_grad():  # relabelled: today's reward for transitions of any age
@@ -256,17 +271,20 @@ def main() -> None:
         seeds = rng.integers(2**31, size=args.rollout_steps_per_iteration)  # more than enough
         fresh = play(env, actor, seeds, args.rollout_steps_per_iteration, rng)[:3]
         recent = [*recent, fresh][-args.rollout_memory :]
-        rollouts = weighted(*map(torch.cat, zip(*recent)))
+        x, weights = map(torch.cat, zip(*(weighted(*policy) for policy in recent)))
+        rollouts = x, weights / len(recent)  # a policy that falls has more episodes, no more weight
 
         # ================ UPPER LEVEL (8a): θ_{k+1} = θ_k + η (α g1 + g2), with a slope penalty
         reward_optimizer.param_groups[0]["lr"] = args.reward_learning_rate * share_left
         for _ in range(args.reward_updates_per_iteration):
             objective = torch.zeros((), device=device)
-            if args.demo_weight:  # g1, on all steps
-                objective += args.demo_weight * demonstration_gap(reward, data["high"], rollouts)
-            if args.preference_weight:  # g2, on a minibatch
+            if args.demo_weight:  # g1
+                sides = (draw(x, args.demo_batch_size, rng) for x in (data["high"], rollouts))
+                objective += args.demo_weight * demonstration_gap(reward, *sides)
+            if args.preference_weight:  # g2
                 batch = torch.from_numpy(rng.integers(len(pairs), size=args.preference_batch_size))
-                likelihood = preference_log_likelihood(reward, *(side[batch] for side in segments))
+                sides = (side[batch] for side in segments)
+                likelihood = preference_log_likelihood(reward, *sides, args.preference_temperature)
                 objective += args.preference_weight * likelihood
             if args.gradient_penalty:
                 points = between(anchors, rollouts[0], PENALTY_POINTS, rng)
@@ -281,7 +299,7 @@ def main() -> None:
         env_steps = log[-1]["charts/env_steps"] + step - first_step + len(fresh[0])
         row = dict(zip(counts, (iteration, step, env_steps))) | dict(zip(LOSSES, losses.tolist()))
         row["losses/beta"] = sac["beta"]["log"].exp().item()
-        row |= reward_metrics(reward, data, reward.features(*fresh[:2]), segments)
+        row |= reward_metrics(reward, data, reward.features(*fresh[:2]), segments, args)
         row["charts/episode_length"] = fresh[2].double().mean().item()
         row["charts/SPS"] = (step - first_step) / (time.perf_counter() - started)
         if iteration % args.eval_every == 0 or finished:
@@ -297,13 +315,10 @@ def main() -> None:
             state = {"script": SCRIPT, "args": asdict(args), "data_hash": data_hash, "log": log}
             state |= {"sac": sac, "reward": reward.state_dict(), "rng": rng.bit_generator.state}
             state["reward_optimizer"] = reward_optimizer.state_dict()
-            state |= {"replay": torch.from_numpy(replay[:step]), "recent": recent}
+            state |= {"replay": torch.from_numpy(replay[known : known + step]), "recent": recent}
             read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
     bar.close()
-    if args.capture_video:
-        eval_env = gym.wrappers.RecordVideo(eval_env, f"{run_dir}/video", lambda i: i == 0)
     mean, std, *_ = evaluate(eval_env, actor, args.eval_episodes, reward).values()
-    eval_env.close()
     print(f"final true return {mean:.0f} ± {std:.0f}; python benchmark/plot.py {run_dir} draws it")
 
 
@@ -430,21 +445,16 @@ def compile_update(update, sac: dict, obs_dim: int, act_dim: int, batch_size: in
 
 
 # --------------------------------------------------------------------------- play and evaluate
-def make_env(env_id: str, film: bool = False) -> gym.Env:
+def make_env(env_id: str) -> gym.Env:
     """A MuJoCo robot, actions scaled to [-1, 1]; ValueError on one that does not fit."""
     gym.logger.min_level = gym.logger.ERROR  # v4 is called out of date at every make
-    env = gym.make(env_id, render_mode="rgb_array" if film else None, disable_env_checker=True)
+    env = gym.make(env_id, disable_env_checker=True)
     spaces = env.observation_space, env.action_space
     vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
     robot = isinstance(env.unwrapped, gym.envs.mujoco.MujocoEnv) and env.spec.max_episode_steps
     if not (robot and vectors and env.action_space.is_bounded()):
         needs = "a MuJoCo robot with a time limit, vectors and bounded actions, such as Hopper-v4"
         raise ValueError(f"{env_id} is not {needs}: {spaces}")
-    if film:  # fails now, not when the run is over
-        import moviepy  # noqa: F401
-
-        env.reset()
-        env.render()
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
@@ -481,7 +491,7 @@ def evaluate(env: gym.Env, actor: Actor, episodes: int, reward: Reward) -> dict[
 
 
 @torch.no_grad()
-def reward_metrics(reward: Reward, data: dict, x_policy: Tensor, segments: list) -> dict:
+def reward_metrics(reward, data: dict, x_policy: Tensor, segments: list, args: Args) -> dict:
     """What the reward makes of the data and of the latest policy's steps (N, obs_dim + act_dim)."""
     r_policy = reward(x_policy)
     row = {"reward/policy": r_policy.mean().item(), "reward/max": r_policy.max().item()}
@@ -491,22 +501,23 @@ def reward_metrics(reward: Reward, data: dict, x_policy: Tensor, segments: list)
     if segments:
         margins = (reward(segments[0]) - reward(segments[1])).sum(-1)
         row["reward/preference_accuracy"] = (margins > 0).float().mean().item()
-        row["reward/preference_loss"] = -F.logsigmoid(margins).mean().item()
+        likelihood = preference_log_likelihood(reward, *segments, args.preference_temperature)
+        row["reward/preference_loss"] = -likelihood.item()
     return row
 
 
 def parse_args() -> tuple[Args, dict]:
-    """The robot's preset, or the arguments of the run to carry on or to evaluate, then the command
-    line; and that run's checkpoint, else {}."""
+    """The arguments of the run to carry on or to evaluate, then the command line; and that run's
+    checkpoint, else {}."""
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
     run = args.resume or args.evaluate
     state = read.checkpoint(run, SCRIPT) if run else {}
-    preset = [] if run else PRESETS.get(args.env.split("-v")[0], "").split()
-    args = tyro.cli(Args, default=Args(**state.get("args", {})), args=preset + sys.argv[1:])
-    read.check_numbers(args, "seed demo_weight preference_weight gradient_penalty", "reward_range")
+    args = tyro.cli(Args, default=Args(**state.get("args", {})))
+    may_be_zero = "seed total_timesteps demo_weight preference_weight gradient_penalty"
+    read.check_numbers(args, may_be_zero, "reward_range")
     if args.demo_weight == args.preference_weight == 0:
         raise ValueError("--demo-weight and --preference-weight are 0: there is nothing to learn")
-    low, high = args.reward_range
+    low, high = args.reward_range or (0.0, 1.0)
     if args.gamma >= 1 or args.tau > 1 or not -math.inf < low < high < math.inf:
         raise ValueError("--gamma must be below 1, --tau at most 1, --reward-range ascending")
     if args.entropy_coefficient != "auto" and not 0 < float(args.entropy_coefficient) < math.inf:

@@ -57,7 +57,7 @@ class MujocoArgs:
 
     env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "Hopper-v4"  # a MuJoCo robot
     seed: int = 1  # of networks, held-out data, batches, exploration; evaluation has its own
-    total_timesteps: int = 300_000  # SAC steps; HalfCheetah: 600k, Walker2d: 1M
+    total_timesteps: int = 0  # SAC steps; 0: 100,000 for each dimension of the robot's actions
     data_dir: str = ""  # high.npz, medium.npz, low.npz, pairs.csv; "": data_gen/assets/mujoco/<env>
     held_out_share: float = 0.1  # share of demonstrated episodes, and of pairs, to choose by
 
@@ -71,10 +71,11 @@ class MujocoArgs:
     segment_length: int = 50  # steps of each side of a preference
     preference_batch_size: int = 64  # pairs in each reward update
     reward_learning_rate: float = 3e-4  # Adam's (paper: 1e-4)
-    reward_range: tuple[float, float] = (0.0, 4.0)  # bounds of r; HalfCheetah, no falls: -10 10
+    reward_range: tuple[float, float] | None = None  # of r; None: 0 4 if it can fall, -10 10 if not
     gradient_penalty: float = 1000.0  # weight of the penalty on slopes of r above 1 (paper: none)
 
     # 3. RL
+    data_in_replay: bool = True  # SAC learns from the data's transitions too (paper: no)
     critic_warmup_steps: int = 10_000  # SAC steps in which the cloned policy acts and stands still
     kl_coefficient: float = 10.0  # β of (4): less loses the clone; 0: SAC's entropy bonus, β tuned
     policy_steps_per_iteration: int = 5_000  # SAC steps between two rows of metrics.csv
@@ -97,13 +98,8 @@ class MujocoArgs:
     cuda: bool = True  # use a GPU when there is one; networks this small are faster on a CPU core
     threads: int = 1  # CPU threads of torch
     track: bool = False  # log to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY ...)
-    capture_video: bool = False  # film the final policy (pip install -e '.[video]')
 
 
-PRESETS = {  # flags that come before the user's own
-    "HalfCheetah": "--total-timesteps 600000 --reward-range -10 10",
-    "Walker2d": "--total-timesteps 1000000",
-}
 SCRIPT = "rlhf_baseline.py"
 INITIAL_BETA = 0.05  # of the entropy bonus: where it ends in AIHF's runs
 BLOCK = 50  # environment steps, then as many updates: Spinning Up's update_every
@@ -198,17 +194,18 @@ def fit(module: nn.Module, loss, penalty, split, batch_size, updates, learning_r
 def mujoco(args: MujocoArgs, state: dict) -> None:
     """All three stages, or what is left of them after the checkpoint `state`."""
     with read.input_errors():  # around set-up: what is wrong with the input is said in one line
-        may_be_zero = "seed gradient_penalty critic_warmup_steps kl_coefficient"
+        may_be_zero = "seed total_timesteps gradient_penalty critic_warmup_steps kl_coefficient"
         read.check_numbers(args, may_be_zero, unchecked="reward_range")
-        low, high = args.reward_range
+        low, high = args.reward_range or (0.0, 1.0)
         if args.gamma >= 1 or args.tau > 1 or not -math.inf < low < high < math.inf:
             raise ValueError("--gamma must be below 1, --tau at most 1, --reward-range ascending")
         torch.set_num_threads(args.threads)
         torch.manual_seed(args.seed)  # of networks
         rng = np.random.default_rng(args.seed)  # of held-out data, batches, exploration and resets
         device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-        env, eval_env = make_env(args.env), make_env(args.env, args.capture_video)
+        env, eval_env = make_env(args.env), make_env(args.env)
         (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
+        args.total_timesteps = args.total_timesteps or 100_000 * act_dim
 
         data_dir = Path(args.data_dir or f"data_gen/assets/mujoco/{args.env}")
         tiers = {t: read.episodes(data_dir / f"{t}.npz", env) for t in ("high", "medium", "low")}
@@ -225,10 +222,18 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         target_entropy = None if args.kl_coefficient else -act_dim
         settings = args.gamma, args.tau, target_entropy, args.critic_warmup_steps
         update = make_sac_update(actor, critics, *settings)
+        if not args.reward_range:  # does an episode of the untrained policy end before its time?
+            lengths = play(env, actor, range(3), rng=np.random.default_rng(0))[2]
+            falls = lengths.min() < env.spec.max_episode_steps
+            args.reward_range = (0.0, 4.0) if falls else (-10.0, 10.0)
         all_obs = np.concatenate([tier.obs for tier in tiers.values()])
         reward = Reward(all_obs, act_dim, args.hidden, args.reward_range).to(device)
         widths = (obs_dim, act_dim, obs_dim, 1)  # a transition: s, a, s', whether it ended there
-        replay = np.zeros((args.total_timesteps, sum(widths)), np.float32)
+        fields = [(t.obs, t.actions, t.next_obs, t.terminated) for t in tiers.values()]
+        given = [np.column_stack(arrays) for arrays in fields if args.data_in_replay]
+        empty = np.zeros((args.total_timesteps, sum(widths)), np.float32)
+        replay = np.concatenate([*given, empty])
+        known = len(replay) - len(empty)  # transitions of the data come before the policy's own
         counts = ("charts/iteration", "charts/sac_steps", "charts/env_steps", "charts/wall_seconds")
         stage, log = 1, []  # log: rows of metrics.csv, of stage 1, of stage 2, one an iteration
 
@@ -241,7 +246,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             if args.kl_coefficient:  # then β is a setting and no state: a flag given now wins
                 sac["beta"]["log"].fill_(math.log(args.kl_coefficient))
             reward.load_state_dict(state["reward"])
-            replay[: len(state["replay"])] = state["replay"]
+            replay[known : known + len(state["replay"])] = state["replay"]
             stage, log, rng.bit_generator.state = state["stage"], state["log"], state["rng"]
         track = read.tracker(args)
         run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, f"{SCRIPT} mujoco")
@@ -261,7 +266,8 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
     def save_checkpoint() -> None:
         state = {"script": f"{SCRIPT} mujoco", "args": asdict(args), "data_hash": data_hash}
         state |= {"stage": stage, "log": log, "sac": sac, "reward": reward.state_dict()}
-        state |= {"replay": torch.from_numpy(replay[:step]), "rng": rng.bit_generator.state}
+        state |= {"replay": torch.from_numpy(replay[known : known + step])}
+        state["rng"] = rng.bit_generator.state
         read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
 
     # =============================== 1. BEHAVIOUR CLONING: π⁰ = argmax_π Σ log π(a|s) over τ ~ D
@@ -342,11 +348,11 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             for _ in range(block):
                 action = actor.act(obs, rng.standard_normal(act_dim, np.float32))
                 next_obs, _, terminated, truncated, _ = env.step(action)
-                replay[step] = np.concatenate([obs, action, next_obs, [terminated]])
+                replay[known + step] = np.concatenate([obs, action, next_obs, [terminated]])
                 obs = env.reset()[0] if terminated or truncated else next_obs
                 resets += terminated or truncated
                 step += 1
-            index = rng.integers(step, size=(block, args.batch_size))
+            index = rng.integers(known + step, size=(block, args.batch_size))
             batches = torch.from_numpy(replay[index]).to(device).split(widths, dim=-1)
             s, a, next_s, ended = (field.contiguous() for field in batches)
             with torch.no_grad():
@@ -361,7 +367,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
 
         # ======================================================================= LOG and EVALUATE
         iteration, finished = iteration + 1, step >= last_step
-        recent = replay[first_step:step, : obs_dim + act_dim]
+        recent = replay[known + first_step : known + step, : obs_dim + act_dim]
         with torch.no_grad():
             r_policy = reward(reward.features(*np.split(recent, [obs_dim], axis=1)))
         row = dict(zip(LOSSES, losses.tolist()))
@@ -379,10 +385,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         if iteration % args.checkpoint_every == 0 or finished:
             save_checkpoint()
     bar.close()
-    if args.capture_video:
-        eval_env = gym.wrappers.RecordVideo(eval_env, f"{run_dir}/video", lambda i: i == 0)
     mean, std, *_ = evaluate(eval_env, actor, args.eval_episodes, reward).values()
-    eval_env.close()
     print(f"final true return {mean:.0f} ± {std:.0f}; python benchmark/plot.py {run_dir} draws it")
 
 
@@ -541,21 +544,16 @@ def compile_update(update, sac: dict, obs_dim: int, act_dim: int, batch_size: in
 
 
 # --------------------------------------------------------------------------- play and evaluate
-def make_env(env_id: str, film: bool = False) -> gym.Env:
+def make_env(env_id: str) -> gym.Env:
     """A MuJoCo robot, actions scaled to [-1, 1]; ValueError on one that does not fit."""
     gym.logger.min_level = gym.logger.ERROR  # v4 is called out of date at every make
-    env = gym.make(env_id, render_mode="rgb_array" if film else None, disable_env_checker=True)
+    env = gym.make(env_id, disable_env_checker=True)
     spaces = env.observation_space, env.action_space
     vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
     robot = isinstance(env.unwrapped, gym.envs.mujoco.MujocoEnv) and env.spec.max_episode_steps
     if not (robot and vectors and env.action_space.is_bounded()):
         needs = "a MuJoCo robot with a time limit, vectors and bounded actions, such as Hopper-v4"
         raise ValueError(f"{env_id} is not {needs}: {spaces}")
-    if film:  # fails now, not when the run is over
-        import moviepy  # noqa: F401
-
-        env.reset()
-        env.render()
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
@@ -652,7 +650,7 @@ class LlmArgs:
     track: bool = False  # log to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY ...)
 
 
-LLM_PRESETS = {  # what Table 2 leaves open is as in trl
+PRESETS = {  # flags that come before the user's own; what Table 2 leaves open is as in trl
     "imdb": """--model-name-or-path gpt2 --ground-truth-path lvwerra/distilbert-imdb
         --num-demonstrations 0 --num-preferences 0 --sft-learning-rate 1e-5
         --reward-learning-rate 1e-5 --reward-batch-size 128 --kl-coefficient 0.05
@@ -1268,8 +1266,7 @@ def parse_args() -> tuple:
     args = tyro.cli(robots | language, description=__doc__.split("\n\n")[0])
     kind, script, run = type(args), f"{SCRIPT} {sys.argv[1]}", args.resume or args.evaluate
     state = read.checkpoint(run, script) if run else {"args": {}}
-    preset = args.preset if kind is LlmArgs else args.env.split("-v")[0]
-    preset = "" if run else (PRESETS | LLM_PRESETS).get(preset, "")
+    preset = "" if run else PRESETS.get(getattr(args, "preset", ""), "")
     args = tyro.cli(kind, default=kind(**state["args"]), args=preset.split() + sys.argv[2:])
     world = "llm" if kind is LlmArgs else args.env
     args.run_name = args.run_name or f"{world}__{SCRIPT[:-3]}__{args.seed}__{time.time_ns()}"

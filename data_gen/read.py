@@ -167,6 +167,8 @@ class Episodes(NamedTuple):
     obs: np.ndarray  # (N, obs_dim), float32
     actions: np.ndarray  # (N, act_dim), float32, in [-1, 1]
     lengths: np.ndarray  # (episodes,), steps of each
+    next_obs: np.ndarray  # (N, obs_dim), float32
+    terminated: np.ndarray  # (N,), float32: 1 where the robot fell
 
 
 EPISODE_ARRAYS = ("observations", "actions", "terminations", "truncations")
@@ -224,7 +226,9 @@ def episodes(path: Path, env) -> Episodes:
         row = np.argwhere(outside)[0, 0]
         raise ValueError(f"{path}: actions leave the robot's bounds in row {row}")
     last = np.cumsum(lengths + 1) - 1  # an episode's last observation has no action
-    return Episodes(np.delete(obs, last, axis=0), actions.astype(np.float32), lengths)
+    now, after = (np.delete(obs, x, axis=0) for x in (last, last - lengths))
+    terminated = arrays["terminations"].astype(np.float32)
+    return Episodes(now, actions.astype(np.float32), lengths, after, terminated)
 
 
 def pairs(folder: Path, tiers: dict[str, Episodes], segment_length: int) -> list[tuple]:

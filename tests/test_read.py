@@ -30,13 +30,16 @@ def high(data) -> dict:
 
 
 # ---------------------------------------------------------------------------------------- episodes
-def test_episodes_are_read_as_they_were_played(data, high):
+@pytest.mark.parametrize("tier", ["high", "low"])
+def test_episodes_are_read_as_they_were_played(data, tier):
     """Observations but for each episode's last, and actions from the robot's bounds to [-1, 1]."""
-    read_back, number = read.episodes(data / "high.npz", Drift()), 0
-    lengths, low, width = [], np.array([-1.0, -2.0]), np.array([1.5, 3.0])
+    high, read_back = np.load(data / f"{tier}.npz"), read.episodes(data / f"{tier}.npz", Drift())
+    number, lengths, low, width = 0, [], np.array([-1.0, -2.0]), np.array([1.5, 3.0])
     for t in range(len(high["actions"])):
         episode = len(lengths)
         assert np.array_equal(read_back.obs[t], high["observations"][t + episode])
+        assert np.array_equal(read_back.next_obs[t], high["observations"][t + episode + 1])
+        assert read_back.terminated[t] == high["terminations"][t]
         expected = (high["actions"][t] - low) / width * 2 - 1
         np.testing.assert_allclose(read_back.actions[t], expected, atol=1e-6)
         number += 1
@@ -44,7 +47,8 @@ def test_episodes_are_read_as_they_were_played(data, high):
             lengths.append(number)
             number = 0
     assert read_back.lengths.tolist() == lengths and number == 0
-    assert read_back.obs.dtype == read_back.actions.dtype == np.float32
+    assert {x.dtype for x in read_back if x is not read_back.lengths} == {np.dtype(np.float32)}
+    assert read_back.terminated.any() == (tier == "low")  # falls, or time limits
 
 
 def with_value(array: np.ndarray, row: int, value: float) -> np.ndarray:
@@ -340,7 +344,8 @@ def test_write_csv_has_every_column_once(tmp_path):
 
 def test_fingerprint_sees_every_number_and_every_place():
     arrays = np.arange(6.0), np.arange(3)
-    tiers = read.Episodes(np.ones((3, 2)), np.ones((3, 1)), np.array([1, 2]))
+    tiers = read.Episodes(np.ones((3, 2)), np.ones((3, 1)), np.array([1, 2]), np.ones((3, 2)), [])
+    tiers = tiers._replace(terminated=np.zeros(3))
     pairs = [(("medium", 1), ("low", 2))]
     whole = read.fingerprint(tiers, pairs)
     assert whole == read.fingerprint(read.Episodes(*(a.copy() for a in tiers)), list(pairs))

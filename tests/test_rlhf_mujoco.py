@@ -10,7 +10,6 @@ import inspect
 import json
 import shutil
 import signal
-import sys
 import types
 from dataclasses import fields
 from pathlib import Path
@@ -306,12 +305,14 @@ def slow_rlhf(a: rlhf.MujocoArgs, folder: Path):
     for p in net.parameters():
         p.data *= SCALE
 
-    tiers = {}
+    tiers, given = {}, []
     for tier in ("high", "medium", "low"):
         file, tiers[tier], steps, row = np.load(folder / f"{tier}.npz"), [], [], 0
         for t, action in enumerate(file["actions"].astype(float)):
             unit = (action - (low + high) / 2) / ((high - low) / 2)
             steps, row = [*steps, (file["observations"][row].astype(float), unit)], row + 1
+            after, fell = file["observations"][row].astype(float), float(file["terminations"][t])
+            given.append([*steps[-1][0], *unit, *after, fell])
             if file["terminations"][t] or file["truncations"][t]:
                 tiers[tier].append([np.array(column) for column in zip(*steps)])
                 steps, row = [], row + 1
@@ -358,7 +359,9 @@ def slow_rlhf(a: rlhf.MujocoArgs, folder: Path):
                 start = int(row[f"start_{side}"])
                 sides.append(x[start : start + a.segment_length])
             pairs.append(sides if row["label"] == "1" else sides[::-1])
-    demos, replay, step, iteration = tiers["high"], [], 0, 0
+    demos, step, iteration = tiers["high"], 0, 0
+    replay = given if a.data_in_replay else []
+    known = len(replay)
     episode_split, pair_split = split(len(demos)), split(len(pairs))
 
     def state(stage, **row):
@@ -366,7 +369,7 @@ def slow_rlhf(a: rlhf.MujocoArgs, folder: Path):
         reward = {f"reward.net.{key}": p.detach().clone() for key, p in net.named_parameters()}
         reward |= {"reward.obs_mean": all_mean, "reward.obs_std": all_std}
         log = {f"log.{key}": float(value) for key, value in (counts | row).items()}
-        rest = {"stage": stage, "replay": torch.tensor(replay).double().view(-1, 9)}
+        rest = {"stage": stage, "replay": torch.tensor(replay[known:]).double().view(-1, 9)}
         return sac.state() | reward | log | rest, copy.deepcopy(rng.bit_generator.state)
 
     # 1. Behaviour cloning
@@ -446,7 +449,7 @@ def slow_rlhf(a: rlhf.MujocoArgs, folder: Path):
                 obs, step = next_obs, step + 1
                 if terminated or truncated:
                     obs, resets = env.reset()[0], resets + 1
-            index = rng.integers(step, size=(block, a.batch_size))
+            index = rng.integers(known + step, size=(block, a.batch_size))
             noise = rng.standard_normal((block, 2, a.batch_size, 2), np.float32)
             for one, its_noise in zip(index, torch.from_numpy(noise).double()):
                 batch = torch.tensor([replay[i] for i in one]).double()
@@ -455,7 +458,7 @@ def slow_rlhf(a: rlhf.MujocoArgs, folder: Path):
                     rewards = r(features(s, action))
                 row = sac.update(rate, s, action, rewards, next_s, ended[:, 0], its_noise)
         iteration += 1
-        played = np.array(replay[first:])
+        played = np.array(replay[known + first :])
         r_policy = r(features(played[:, :3], played[:, 3:5])).detach()
         row |= {"losses/beta": sac.log_beta.exp().item(), "reward/policy": r_policy.mean()}
         row |= {"reward/max": r_policy.max(), "reward/demonstrations": r(x_demos).mean().item()}
@@ -471,7 +474,7 @@ CHANGES = {  # stage 1 keeps the policy of update 15, 15 and 5 of 17, stage 2 th
     "SAC's entropy bonus": """--kl-coefficient 0 --critic-warmup-steps 0 --eval-every 3
     --reward-learning-rate 0.2""",
     "no annealing, no smoothness": """--no-anneal --gradient-penalty 0 --checkpoint-every 2
-    --seed 11 --reward-learning-rate 0.05""",
+    --no-data-in-replay --seed 11 --reward-learning-rate 0.05""",
 }
 
 
@@ -830,15 +833,28 @@ def test_bad_run_folder(tmp_path, finished, flag, spoil, flags, fragment):
     assert files(finished) == before
 
 
-def test_presets_and_their_flags(monkeypatch):
-    def arguments(*flags):
-        monkeypatch.setattr(sys, "argv", ["x", "mujoco", *flags])
-        return rlhf.parse_args()[0]
+@pytest.mark.parametrize("script", [aihf, rlhf])
+def test_defaults_follow_from_the_robot(tmp_path, data, monkeypatch, script):
+    """Drift falls and has two actions; one that starts far from the edge does not fall."""
+    asked = []
 
-    cheetah = arguments("--env-id", "HalfCheetah-v5", "--seed", "2")
-    assert (cheetah.total_timesteps, cheetah.reward_range) == (600_000, (-10.0, 10.0))
-    assert arguments("--env", "Walker2d-v4", "--total-timesteps", "5").total_timesteps == 5
-    assert arguments().total_timesteps == 300_000 and arguments().env == "Hopper-v4"
+    def refuse(args, *rest):
+        asked.append((args.total_timesteps, args.reward_range))
+        raise ValueError("enough")
+
+    class High(helpers.Drift):
+        def step(self, action):
+            obs, reward, _, truncated, info = super().step(action)
+            return obs, reward, False, truncated, info
+
+    gym.register("High-v0", High, max_episode_steps=12)
+    monkeypatch.setattr(script.read, "open_run", refuse)
+    world, given = ["mujoco"] if script is rlhf else [], ["--hidden", 8, "--data-dir", data]
+    for env, *more in (["helpers:Drift-v0"], ["High-v0"], ["High-v0", "--reward-range", -2, 1]):
+        flags = [*world, "--env", env, "--segment-length", 4, *given, *more]
+        code, _, err = run_script(script, flags, tmp_path)
+        assert (code, err) == (2, "error: enough\n")
+    assert asked == [(200_000, (0.0, 4.0)), (200_000, (-10.0, 10.0)), (200_000, (-2.0, 1.0))]
 
 
 @pytest.mark.parametrize("argv", [[], ["--seed", "1"], ["robots"], ["mujoco", "--no-such-flag"]])
@@ -855,8 +871,8 @@ def test_help(tmp_path):
 
 
 # ---------------------------------------------------------------------------- repeated on purpose
-IDENTICAL = """mlp Reward preference_log_likelihood slope_penalty between Actor Critics init_sac
-adam_ compile_update make_env play evaluate""".split()
+IDENTICAL = """mlp Reward slope_penalty between Actor Critics init_sac adam_ compile_update make_env
+play evaluate""".split()
 
 
 @pytest.mark.parametrize("name", IDENTICAL)
@@ -871,10 +887,8 @@ def test_shared_flags_have_the_same_defaults():
     shared = of_aihf.keys() & of_rlhf.keys()
     assert {name for name in shared if of_aihf[name] != of_rlhf[name]} == {"learning_rate"}
     assert len(shared) > 25
-    for name in ("PRESETS", "BLOCK", "LOG_STD_MIN", "LOG_STD_MAX", "PENALTY_POINTS"):
-        wanted = getattr(aihf, name)
-        actual = getattr(rlhf, name)
-        assert actual == wanted or name == "PRESETS" and wanted.items() <= actual.items()
+    for name in ("BLOCK", "LOG_STD_MIN", "LOG_STD_MAX", "PENALTY_POINTS"):
+        assert getattr(aihf, name) == getattr(rlhf, name)
 
 
 # --------------------------------------------------------------------- the data with fewer pairs

@@ -161,6 +161,15 @@ def test_gap_and_its_gradient_g1(form):
     close(aihf.demonstration_gap(reward, weighted(DEMOS * 2, form), rollouts), gap, 1e-5)
 
 
+def test_draw_is_an_unbiased_sample_of_weighted_steps():
+    x, weights = torch.arange(4.0)[:, None], torch.tensor([0.5, 0.0, 2.0, 1.5])
+    drawn, equal = aihf.draw((x, weights), 4000, np.random.default_rng(0))
+    assert drawn.shape == (4000, 1) and equal.shape == (4000,)
+    close(equal, torch.full((4000,), 4.0 / 4000), 1e-7)
+    counts = torch.bincount(drawn[:, 0].long(), minlength=4)
+    assert counts[1] == 0 and (counts / 1000 - weights).abs().max() < 0.15  # 4.7 deviations
+
+
 PREFERRED, OTHER = normal(5, 4, 3, seed=1), 0.3 + normal(5, 4, 3, seed=2)  # (pairs, steps, ·)
 
 
@@ -173,27 +182,30 @@ def test_preference_likelihood_and_its_gradient_g2():
         probability = 1 / (1 + torch.exp(-difference @ linear.theta.detach()))
         expected += (1 - probability) * difference / len(PREFERRED)
         likelihood += math.log(probability) / len(PREFERRED)
-    value = aihf.preference_log_likelihood(linear, PREFERRED, OTHER)
+    value = aihf.preference_log_likelihood(linear, PREFERRED, OTHER, 1.0)
     assert value.item() == pytest.approx(likelihood, rel=1e-12) and expected.abs().max() > 0.1
     close(autograd(value, [linear.theta])[0], expected, 1e-12)
+    warm = aihf.preference_log_likelihood(linear, PREFERRED, OTHER, 2.5)  # (R_w - R_l) / 2.5
+    half = aihf.preference_log_likelihood(Linear(linear.theta.detach() / 2.5), PREFERRED, OTHER, 1)
+    assert warm.item() == pytest.approx(half.item(), rel=1e-12) != value.item()
 
     reward = new_reward()
     gradients = autograd(
-        aihf.preference_log_likelihood(reward, PREFERRED, OTHER), reward.parameters()
+        aihf.preference_log_likelihood(reward, PREFERRED, OTHER, 3.0), reward.parameters()
     )
     slow = finite_differences(
-        lambda: aihf.preference_log_likelihood(reward, PREFERRED, OTHER), list(reward.parameters())
+        lambda: aihf.preference_log_likelihood(reward, PREFERRED, OTHER, 3.0),
+        list(reward.parameters()),
     )
     close(gradients, tuple(slow), 1e-8)
-    assert aihf.preference_log_likelihood(reward, OTHER, OTHER).item() == pytest.approx(
-        -math.log(2)
-    )
+    equal = aihf.preference_log_likelihood(reward, OTHER, OTHER, 1.0).item()
+    assert equal == pytest.approx(-math.log(2))
 
 
 def test_preference_likelihood_is_finite_when_a_probability_underflows():
     w, lost, linear = torch.ones(1, 2, 1), -torch.ones(1, 2, 1), Linear([1000.0]).float()
     for sides, gradient in (((w, lost), 0.0), ((lost, w), -4.0)):  # certain and right, or wrong
-        value = aihf.preference_log_likelihood(linear, *sides)
+        value = aihf.preference_log_likelihood(linear, *sides, 1.0)
         assert value.item() == (0 if gradient == 0 else -4000)
         assert autograd(value, [linear.theta])[0].item() == gradient
 
@@ -532,8 +544,9 @@ def test_compiled_update_equals_the_eager_one():
 LOOP = """--env helpers:Drift-v0 --seed 4 --total-timesteps 72 --policy-steps-per-iteration 28
 --learning-starts 20 --rollout-steps-per-iteration 30 --batch-size 8 --hidden 8 7 --segment-length 4
 --reward-updates-per-iteration 3 --preference-batch-size 6 --demo-weight 0.7 --preference-weight 1.6
---gradient-penalty 3 --reward-learning-rate 0.02 --rollout-memory 2 --reward-range -1 2 --gamma 0.9
---tau 0.05 --eval-every 2 --eval-episodes 3 --checkpoint-every 1 --no-compile --no-cuda"""
+--preference-temperature 1.7 --demo-batch-size 40 --gradient-penalty 3 --rollout-memory 2
+--reward-learning-rate 0.02 --reward-range -1 2 --gamma 0.9 --tau 0.05 --eval-every 2
+--eval-episodes 3 --checkpoint-every 1 --no-compile --no-cuda"""
 BLOCK, POINTS = 20, 50  # in the place of the script's constants
 TOLERANCE = 2e-5  # relative and absolute
 SCALE = 2.5  # of the reward's first weights, so that the penalty on slopes above 1 is at work
@@ -582,6 +595,17 @@ def slow_episodes(path):
     return episodes
 
 
+def slow_transitions(path):
+    """Read an episode file: a list of [*observation, *action, *next observation, terminated]."""
+    file, episode, rows = np.load(path), 0, []
+    steps = [step for one in slow_episodes(path) for step in zip(*one)]
+    for t, (obs, action) in enumerate(steps):
+        next_obs = file["observations"][t + episode + 1].astype(float)
+        rows.append([*obs, *action, *next_obs, float(file["terminations"][t])])
+        episode += file["terminations"][t] or file["truncations"][t]
+    return rows
+
+
 def slow_aihf(a: aihf.Args, folder: Path):
     """Algorithm 1, a state after each iteration; the script's random numbers in its order."""
 
@@ -617,8 +641,18 @@ def slow_aihf(a: aihf.Args, folder: Path):
         low, high = a.reward_range
         return low + (high - low) / (1 + torch.exp(-4 / (high - low) * net(x)[..., 0]))
 
-    def mean_return(trajectories):
-        return slow_mean_return(r, trajectories, a.return_form, a.gamma)
+    def mean_return(policies):
+        """The mean of R(τ) over policies' trajectories, each policy alike, by steps drawn."""
+        weights = []
+        for trajectories in policies:
+            for length in map(len, trajectories):
+                mean = [1 / length / (1 - a.gamma)] * length
+                discounted = [a.gamma**t for t in range(length)]
+                of_steps = np.array(mean if a.return_form == "mean" else discounted)
+                weights.append(of_steps / len(trajectories) / len(policies))
+        x, weights = torch.cat([x for one in policies for x in one]), np.concatenate(weights)
+        index = rng.choice(len(x), a.demo_batch_size, p=weights / weights.sum())
+        return weights.sum() * r(x[index]).mean()
 
     demos = [features(*episode) for episode in tiers.get("high", [])]
     anchors = torch.cat(
@@ -634,7 +668,10 @@ def slow_aihf(a: aihf.Args, folder: Path):
             sides.append(features(obs, actions)[start : start + a.segment_length])
         pairs.append(sides if row["label"] == "1" else sides[::-1])
 
-    replay, memory, step, env_steps, iteration = [], [], 0, 0, 0
+    memory, step, env_steps, iteration = [], 0, 0, 0
+    files = [folder / f"{tier}.npz" for tier in used if a.data_in_replay]
+    replay = [row for path in files for row in slow_transitions(path)]
+    known = len(replay)
     while step < a.total_timesteps:
         left = 1 - step / a.total_timesteps if a.anneal else 1
         losses, row = torch.full((4,), math.nan).double(), {}
@@ -643,7 +680,7 @@ def slow_aihf(a: aihf.Args, folder: Path):
         while step < end:  # LOWER LEVEL: environment steps, then as many updates
             block = min(BLOCK, end - step)
             for _ in range(block):
-                if len(replay) < a.learning_starts:
+                if step < a.learning_starts:
                     action = rng.uniform(-1, 1, 2)
                 else:
                     action = slow_action(actor, obs, rng.standard_normal(2, np.float32))
@@ -652,7 +689,7 @@ def slow_aihf(a: aihf.Args, folder: Path):
                 obs = robot.reset() if terminated or truncated else next_obs
                 step += 1
             if step >= a.learning_starts:
-                index = rng.integers(step, size=(block, a.batch_size))
+                index = rng.integers(known + step, size=(block, a.batch_size))
                 noise = rng.standard_normal((block, 2, a.batch_size, 2), np.float32)
                 for one, its_noise in zip(index, torch.from_numpy(noise).double()):
                     batch = torch.tensor([replay[i] for i in one], dtype=torch.float64)
@@ -673,21 +710,22 @@ def slow_aihf(a: aihf.Args, folder: Path):
             draw = lambda: rng.standard_normal(2, np.float32)  # noqa: E731
             fresh.append(robot.episode(actor, seeds[len(fresh)], draw)[:2])
         memory = (memory + [fresh])[-a.rollout_memory :]
-        rollouts = [features(*episode) for one in memory for episode in one]
+        policies = [[features(*episode) for episode in one] for one in memory]
 
         adam.param_groups[0]["lr"] = a.reward_learning_rate * left  # UPPER LEVEL
         steepest = 0.0
         for _ in range(a.reward_updates_per_iteration):
             loss = 0.0
             if a.demo_weight:
-                loss = loss - a.demo_weight * (mean_return(demos) - mean_return(rollouts))
+                loss = loss - a.demo_weight * (mean_return([demos]) - mean_return(policies))
             if a.preference_weight:
                 for i in rng.integers(len(pairs), size=a.preference_batch_size):
                     margin = r(pairs[i][0]).sum() - r(pairs[i][1]).sum()
+                    margin = margin / a.preference_temperature
                     likelihood = -torch.log(1 + torch.exp(-margin)) / a.preference_batch_size
                     loss = loss - a.preference_weight * likelihood
             if a.gradient_penalty:
-                x_policy = torch.cat(rollouts)
+                x_policy = torch.cat([x for one in policies for x in one])
                 i, j = (
                     rng.integers(len(anchors), size=POINTS),
                     rng.integers(len(x_policy), size=POINTS),
@@ -719,6 +757,7 @@ def slow_aihf(a: aihf.Args, folder: Path):
             if pairs:
                 margins = torch.stack([r(w).sum() - r(lost).sum() for w, lost in pairs])
                 row["reward/preference_accuracy"] = (margins > 0).double().mean()
+                margins = margins / a.preference_temperature
                 row["reward/preference_loss"] = torch.log(1 + torch.exp(-margins)).mean()
         if iteration % a.eval_every == 0 or step == a.total_timesteps:
             played = [SlowRobot().episode(actor, 10_000 + i, lambda: [0.0, 0.0]) for i in range(3)]
@@ -740,7 +779,7 @@ def slow_aihf(a: aihf.Args, folder: Path):
             "reward.obs_mean": torch.from_numpy(mean),
             "reward.obs_std": torch.from_numpy(std),
         }
-        state["replay"] = torch.tensor(replay, dtype=torch.float64)
+        state["replay"] = torch.tensor(replay[known:], dtype=torch.float64)
         for i, one in enumerate(memory):
             for part in range(2):
                 joined = np.concatenate([episode[part] for episode in one])
@@ -752,7 +791,8 @@ def slow_aihf(a: aihf.Args, folder: Path):
 
 CHANGES = {
     "demonstrations and preferences": "",
-    "preferences alone, anchors in their data": "--demo-weight 0 --rollout-memory 1",
+    "preferences alone, anchors in their data": "--demo-weight 0 --rollout-memory 1 "
+    "--no-data-in-replay",
     "demonstrations alone, as in the paper": "--preference-weight 0 --return-form discounted "
     "--gradient-penalty 0 --no-anneal --entropy-coefficient 0.3 --eval-every 3",
     "learning starts late": "--learning-starts 29 --checkpoint-every 2 --total-timesteps 58",
@@ -963,24 +1003,6 @@ def test_tracking_is_asked_for_and_may_refuse(tmp_path, data, monkeypatch):
     assert not folder.exists()
 
 
-def test_video_is_of_the_final_policy(tmp_path, data, monkeypatch):
-    films = []
-
-    class Film(gym.Wrapper):
-        def __init__(self, env, folder, trigger):
-            super().__init__(env)
-            films.append((folder, [trigger(i) for i in range(3)]))
-
-        def close(self):
-            films.append("closed")
-
-    monkeypatch.setitem(sys.modules, "moviepy", types.ModuleType("moviepy"))
-    monkeypatch.setattr(gym.wrappers, "RecordVideo", Film)
-    run(tmp_path, data, "--capture-video", "--total-timesteps", 30)
-    assert films == [("runs/run/video", [True, False, False]), "closed"]
-
-
-# --------------------------------------------------------------------- what training may not see
 def test_training_cannot_see_the_true_reward(tmp_path, data, plain, monkeypatch):
     make, rng = gym.make, np.random.default_rng(7)
 
@@ -1248,7 +1270,6 @@ BAD = [  # flags, and what the message has to say
     ("--env InvertedPendulum-v4", "another robot"),
     ("--data-dir nowhere", "data_gen/mujoco_data.py"),
     ("--segment-length 7", "--segment-length 7"),
-    ("--capture-video", "moviepy"),
     ("--demo-weight 0 --preference-weight 0", "nothing to learn"),
     ("--run-name ../../x", "plain name"),
     ("--run-name ..", "plain name"),
@@ -1281,7 +1302,6 @@ BAD = [  # flags, and what the message has to say
 @pytest.mark.parametrize("flags, fragment", BAD, ids=[flags[:45] for flags, _ in BAD])
 def test_bad_input(tmp_path, data, monkeypatch, flags, fragment):
     """One line, exit code 2, and nothing written."""
-    monkeypatch.setitem(sys.modules, "moviepy", None)
     (tmp_path / "a_file").write_text("a file")
     result = run_script(SCRIPT, [*TINY, "--data-dir", data, *flags.split()], tmp_path)
     assert_one_line_error(result, fragment)
