@@ -54,13 +54,13 @@ class Args:
     segment_length: int = 50  # steps of each side of a preference
     preference_batch_size: int = 64  # pairs in each reward update
     rollout_memory: int = 10  # latest policies whose rollouts g1 sees (Lemma 5.1: 1)
-    reward_learning_rate: float = 3e-4  # Adam's (paper: 1e-4)
+    reward_learning_rate: float = 1e-3  # Adam's (paper: 1e-4)
     reward_range: tuple[float, float] | None = None  # of r; None: 0 4 if it can fall, -10 10 if not
     gradient_penalty: float = 1000.0  # weight of the penalty on slopes of r above 1 (paper: none)
 
     # Lower level: the policy
     policy_steps_per_iteration: int = 5_000  # SAC steps in each policy alignment
-    data_in_replay: bool = True  # SAC learns from the data's transitions too (paper: no)
+    demos_in_replay: bool = True  # SAC learns from demonstrated transitions too (paper: no)
     learning_starts: int = 5_000  # steps of uniformly random actions before the first update
     learning_rate: float = 1e-3  # Adam's (paper: 3e-3; the authors' code: 1e-3)
     anneal: bool = True  # let both learning rates fall linearly to 0 (paper: no)
@@ -197,11 +197,11 @@ def main() -> None:
         reward = Reward(all_obs, act_dim, args.hidden, args.reward_range).to(device)
         reward_optimizer = torch.optim.Adam(reward.parameters())
         widths = (obs_dim, act_dim, obs_dim, 1)  # a transition: s, a, s', whether it ended there
-        fields = [(t.obs, t.actions, t.next_obs, t.terminated) for t in tiers.values()]
-        given = [np.column_stack(arrays) for arrays in fields if args.data_in_replay]
-        empty = np.zeros((args.total_timesteps, sum(widths)), np.float32)
-        replay = np.concatenate([*given, empty])
-        known = len(replay) - len(empty)  # transitions of the data come before the policy's own
+        replay = np.zeros((args.total_timesteps, sum(widths)), np.float32)
+        if args.demos_in_replay and args.demo_weight:
+            obs, actions, _, *rest = tiers["high"]
+            replay = np.concatenate([np.column_stack([obs, actions, *rest]), replay])
+        known = len(replay) - args.total_timesteps  # demonstrated transitions, before SAC's own
         recent = []  # rollouts of the latest policies: observations, actions, lengths
         counts = ("charts/iteration", "charts/sac_steps", "charts/env_steps", "charts/wall_seconds")
         log = [dict.fromkeys(counts, 0)]  # rows of metrics.csv, one an iteration

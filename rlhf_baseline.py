@@ -75,7 +75,7 @@ class MujocoArgs:
     gradient_penalty: float = 1000.0  # weight of the penalty on slopes of r above 1 (paper: none)
 
     # 3. RL
-    data_in_replay: bool = True  # SAC learns from the data's transitions too (paper: no)
+    demos_in_replay: bool = True  # SAC learns from demonstrated transitions too (paper: no)
     critic_warmup_steps: int = 10_000  # SAC steps in which the cloned policy acts and stands still
     kl_coefficient: float = 10.0  # β of (4): less loses the clone; 0: SAC's entropy bonus, β tuned
     policy_steps_per_iteration: int = 5_000  # SAC steps between two rows of metrics.csv
@@ -229,11 +229,11 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         all_obs = np.concatenate([tier.obs for tier in tiers.values()])
         reward = Reward(all_obs, act_dim, args.hidden, args.reward_range).to(device)
         widths = (obs_dim, act_dim, obs_dim, 1)  # a transition: s, a, s', whether it ended there
-        fields = [(t.obs, t.actions, t.next_obs, t.terminated) for t in tiers.values()]
-        given = [np.column_stack(arrays) for arrays in fields if args.data_in_replay]
-        empty = np.zeros((args.total_timesteps, sum(widths)), np.float32)
-        replay = np.concatenate([*given, empty])
-        known = len(replay) - len(empty)  # transitions of the data come before the policy's own
+        replay = np.zeros((args.total_timesteps, sum(widths)), np.float32)
+        if args.demos_in_replay:
+            obs, actions, _, *rest = demos
+            replay = np.concatenate([np.column_stack([obs, actions, *rest]), replay])
+        known = len(replay) - args.total_timesteps  # demonstrated transitions, before SAC's own
         counts = ("charts/iteration", "charts/sac_steps", "charts/env_steps", "charts/wall_seconds")
         stage, log = 1, []  # log: rows of metrics.csv, of stage 1, of stage 2, one an iteration
 

@@ -63,16 +63,22 @@ def film(env: gym.Env, actor: Actor, args: Args) -> list[np.ndarray]:
     return frames
 
 
+def write(frames: list[np.ndarray], path: Path, args: Args) -> None:
+    """A GIF that repeats itself."""
+    from PIL import Image
+
+    images = [Image.fromarray(frame) for frame in frames]
+    palette = images[0].quantize(64)  # one for all: a smaller file, and no flicker
+    first, *rest = [image.quantize(palette=palette, dither=0) for image in images]
+    duration = round(1000 / args.frames_per_second)
+    first.save(path, save_all=True, append_images=rest, duration=duration, loop=0)
+
+
 if __name__ == "__main__":
     with read.input_errors():
         args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
         read.check_numbers(args, "seed first_second")
-        from PIL import Image
-
-        frames = [Image.fromarray(frame) for frame in film(*load(args.run, args), args)]
         path = args.output or args.run / "film.gif"
-        palette = frames[0].quantize(64)  # one for all: a smaller file, and no flicker
-        first, *rest = [frame.quantize(palette=palette, dither=0) for frame in frames]
-        duration = round(1000 / args.frames_per_second)
-        first.save(path, save_all=True, append_images=rest, duration=duration, loop=0)
+        frames = film(*load(args.run, args), args)
+        write(frames, path, args)
         print(f"{path}: {len(frames)} pictures, {path.stat().st_size / 1000:.0f} kB")

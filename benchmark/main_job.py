@@ -26,6 +26,11 @@ METRICS = {  # a column of results/: that of metrics.csv
     "return_std": "eval/return_std",
     "wall_seconds": "charts/wall_seconds",
 }
+FIT = {  # how well the reward fits both kinds of data, likewise
+    "preference_accuracy": "reward/preference_accuracy",
+    "preference_loss": "reward/preference_loss",
+    "gap": "reward/gap",
+}
 ENVS = ("Hopper-v4", "HalfCheetah-v4", "Walker2d-v4")
 TIERS = {"high": ("demonstrations", "-"), "medium": ("preferred", "--"), "low": ("other", ":")}
 
@@ -62,19 +67,22 @@ def by_steps(row: dict) -> float:
 
 
 def collect(runs: Path) -> list[dict]:
-    """One row for each evaluation of each run named main_job__<env>__<seed>."""
+    """One row for each evaluation of each run named main_job__<env>__<seed>; gap is a share of the
+    width of the reward's range."""
     rows = []
     for path in sorted(runs.glob("main_job__*/metrics.csv")):
         _, env, seed = path.parent.name.split("__")
+        low, high = json.loads((path.parent / "args.json").read_text())["reward_range"]
         for row in evaluations(path.parent):
-            numbers = {name: row[metric] for name, metric in METRICS.items()}
+            numbers = {name: row[metric] for name, metric in (METRICS | FIT).items()}
+            numbers["gap"] = f"{float(numbers['gap']) / (high - low):.6g}"
             rows.append({"env": env, "method": "aihf", "seed": seed, **numbers})
     return rows
 
 
 def curves_of(rows: list[dict], env: str) -> dict[str, np.ndarray]:
-    """{seed: (evaluations, 4)}: steps, true return, its deviation and seconds."""
-    names = ("sac_steps", "return_mean", "return_std", "wall_seconds")
+    """{seed: (evaluations, 7)}: steps, true return, its deviation, seconds, and FIT's columns."""
+    names = ("sac_steps", "return_mean", "return_std", "wall_seconds", *FIT)
     of = [row for row in rows if row["env"] == env]
     return {
         seed: np.array([[float(row[name]) for name in names] for row in of if row["seed"] == seed])
@@ -83,39 +91,53 @@ def curves_of(rows: list[dict], env: str) -> dict[str, np.ndarray]:
 
 
 def summarise(rows: list[dict]) -> str:
-    """Final and best true return of every seed, beside the data's."""
-    lines = [
-        "environment | seed | SAC steps | final return | best | demonstrations | final / demo "
-    ]
-    lines = [f"| {lines[0]}| above medium | min |", "|---" * 9 + "|"]
+    """Final true return of every seed, beside the data's, the best, the lowest of the second half,
+    and how well the last reward fits preferences and demonstrations."""
+    columns = "environment | seed | SAC steps | final return | best | lowest of second half"
+    columns += " | final / demonstrations | above medium | preference accuracy | loss | gap | min"
+    lines = [f"| {columns} |", "|---" * 12 + "|"]
     for env in ENVS:
         demo, medium = (tiers(env)[tier]["return_mean"] for tier in ("high", "medium"))
         for seed, curve in curves_of(rows, env).items():
-            steps, final, std, seconds = curve[-1]
+            steps, final, std, seconds, accuracy, loss, gap = curve[-1]
+            returns = curve[:, 1]
             lines.append(
                 f"| {env} | {seed} | {steps / 1000:.0f}k | {final:.0f} ± {std:.0f} | "
-                f"{curve[:, 1].max():.0f} | {demo:.0f} | {final / demo:.0%} | "
-                f"{'yes' if final > medium else 'no'} ({medium:.0f}) | {seconds / 60:.0f} |"
+                f"{returns.max():.0f} | {returns[len(returns) // 2 :].min():.0f} | "
+                f"{final / demo:.0%} ({demo:.0f}) | "
+                f"{'yes' if final > medium else 'no'} ({medium:.0f}) | "
+                f"{accuracy:.2f} | {loss:.2f} | {gap:.1%} | {seconds / 60:.0f} |"
             )
     return "\n".join(lines)
 
 
+PANELS = ("true return", "preference accuracy", "preference loss, nats", "gap, share of range")
+
+
 def draw(rows: list[dict], path: Path) -> None:
-    figure, axes = plt.subplots(1, len(ENVS), figsize=(13, 3.8), layout="constrained")
-    for axis, env in zip(axes, ENVS):
+    size = {"figsize": (13, 10), "sharex": "col", "layout": "constrained"}
+    figure, axes = plt.subplots(len(PANELS), len(ENVS), **size)
+    for i, env in enumerate(ENVS):
         curves = list(curves_of(rows, env).values())
-        for curve in curves:
-            axis.plot(curve[:, 0], curve[:, 1], color="tab:orange", alpha=0.35, linewidth=1)
-        length = min(map(len, curves))
-        steps, mean, *_ = np.mean([curve[:length] for curve in curves], axis=0).T
-        label = f"AIHF, mean of {len(curves)} seeds"
-        axis.plot(steps, mean, color="tab:orange", linewidth=2, label=label)
+        for axis, title, column in zip(axes[:, i], PANELS, (1, 4, 5, 6)):
+            for curve in curves:
+                axis.plot(curve[:, 0], curve[:, column], color="tab:orange", alpha=0.35, lw=1)
+            length = min(map(len, curves), default=0)
+            if length:
+                mean = np.mean([curve[:length] for curve in curves], axis=0)
+                label = f"AIHF, mean of {len(curves)} seeds"
+                axis.plot(mean[:, 0], mean[:, column], color="tab:orange", lw=2, label=label)
+            axis.set_ylabel(title if i == 0 else "")
         for tier, (name, style) in TIERS.items():
             level = tiers(env)[tier]["return_mean"]
-            axis.axhline(level, color="gray", linestyle=style, linewidth=1, label=name)
-        axis.set(title=env, xlabel="SAC steps", ylabel="true return")
-    axes[0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+            axes[0, i].axhline(level, color="gray", linestyle=style, linewidth=1, label=name)
+        for axis, level in zip(axes[1:, i], (0.85, 0.5, 0.05)):  # what was aimed at
+            axis.axhline(level, color="gray", linestyle=":", linewidth=1, label="aim")
+        axes[0, i].set_title(env)
+        axes[-1, i].set_xlabel("SAC steps")
+    for axis in axes[:2, 0]:
+        axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 

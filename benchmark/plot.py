@@ -23,6 +23,7 @@ PANELS = {  # column: that of its deviation, and a title; a panel without any nu
     "eval/gt_score": ("eval/gt_score_std", "ground-truth score"),
     "reward/gap": ("", "reward gap"),
     "reward/preference_accuracy": ("", "preference accuracy"),
+    "reward/preference_loss": ("", "preference loss"),
 }
 TIERS = {"high": ("demonstrations", "-"), "medium": ("preferred", "--"), "low": ("other", ":")}
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 ROOT = Path(__file__).parents[1]
@@ -47,10 +48,13 @@ def runs(tmp_path) -> dict[str, Path]:
     zero = {"charts/sac_steps": 0, "charts/env_steps": 0, "charts/wall_seconds": 0}
     one = {"charts/sac_steps": 5000, "charts/env_steps": 7000, "charts/wall_seconds": 9}
     one |= {"eval/return_mean": 310.5, "eval/return_std": 2, "reward/gap": 0.4}
+    one |= {"reward/preference_accuracy": 0.9, "reward/preference_loss": 0.3}
     two = {**one, "charts/sac_steps": 10000, "eval/return_mean": 620, "eval/reward_correlation": 1}
     text = {"charts/step": 0, "eval/gt_score": -0.2, "eval/gt_score_std": 0.5}
+    args = {"env": "Hopper-v4", "data_dir": "", "reward_range": [-1, 4]}
+    args["script"] = "aihf_sac_mujoco.py"
     return {
-        "robot": write_run(tmp_path / "robot", [zero, one, two], env="Hopper-v4", data_dir=""),
+        "robot": write_run(tmp_path / "robot", [zero, one, two], **args),
         "text": write_run(tmp_path / "text", [text, {**text, "charts/step": 5}]),
     }
 
@@ -98,6 +102,40 @@ def test_what_cannot_be_drawn_is_one_line_and_exit_code_2(runs, given, without, 
     assert (code, out, err.count("\n")) == (2, "", 1) and fragment in err
 
 
+# ----------------------------------------------------------------------------------------- film.py
+def test_a_film_of_a_robots_run(tmp_path, monkeypatch):
+    """The run's own policy acts without noise; pictures at the asked rate; a GIF of all."""
+    import film
+    from PIL import Image
+
+    torch.manual_seed(0)
+    actor, drawn = film.Actor(11, 3, (8,)), []
+    run = write_run(tmp_path / "run", [{"charts/sac_steps": 0}], script="aihf_sac_mujoco.py")
+    sac = {"actor": {name: p.detach() for name, p in actor.named_parameters()}}
+    args = {"env": "Hopper-v4", "hidden": (8,)}
+    torch.save({"script": "aihf_sac_mujoco.py", "args": args, "sac": sac}, run / "checkpoint.pt")
+
+    def render(env):
+        drawn.append(env.unwrapped.data.time)
+        return np.roll(np.eye(6)[..., None] * [255, 99, 0], len(drawn), 0).astype(np.uint8)
+
+    monkeypatch.setattr(film.gym.Wrapper, "render", render)
+    settings = film.Args(run, seconds=0.06, first_second=0.03, frames_per_second=50)
+    env, loaded = film.load(run, settings)
+    np.testing.assert_array_equal(loaded.act(np.ones(11), 0.0), actor.act(np.ones(11), 0.0))
+    frames = film.film(env, loaded, settings)
+    assert np.allclose(drawn, [0.032, 0.056, 0.072]) and len(frames) == 3  # steps of 8 ms
+    film.write(frames, run / "film.gif", settings)
+    with Image.open(run / "film.gif") as gif:
+        assert gif.n_frames == 3 and gif.info["duration"] == 20
+
+
+@pytest.mark.parametrize("given, fragment", [("nowhere", "no run"), ("robot", "no checkpoint")])
+def test_what_cannot_be_filmed_is_one_line_and_exit_code_2(runs, given, fragment):
+    code, out, err = execute("film.py", runs.get(given, given))
+    assert (code, out, err.count("\n")) == (2, "", 1) and fragment in err
+
+
 # ------------------------------------------------------------------------------ runs into results/
 def test_rows_of_the_same_run_are_replaced(tmp_path):
     import main_job
@@ -120,9 +158,11 @@ def test_a_robots_run_becomes_a_row_an_evaluation(runs):
 
     shutil.move(runs["robot"], runs["robot"].with_name("main_job__Hopper-v4__2"))
     rows = main_job.collect(runs["robot"].parent)
-    assert [(row["sac_steps"], row["return_mean"]) for row in rows] == [
-        ("5000", "310.5"),
-        ("10000", "620"),
+    columns = ("sac_steps", "return_mean", "preference_accuracy", "preference_loss", "gap")
+    actual = [tuple(row[column] for column in columns) for row in rows]
+    assert actual == [
+        ("5000", "310.5", "0.9", "0.3", "0.08"),
+        ("10000", "620", "0.9", "0.3", "0.08"),
     ]
     with open(ROOT / "benchmark/results/main_job.csv") as file:
         assert list(rows[0]) == file.readline().strip().split(",") and rows[0]["seed"] == "2"

@@ -305,14 +305,15 @@ def slow_rlhf(a: rlhf.MujocoArgs, folder: Path):
     for p in net.parameters():
         p.data *= SCALE
 
-    tiers, given = {}, []
+    tiers, replay = {}, []
     for tier in ("high", "medium", "low"):
         file, tiers[tier], steps, row = np.load(folder / f"{tier}.npz"), [], [], 0
         for t, action in enumerate(file["actions"].astype(float)):
             unit = (action - (low + high) / 2) / ((high - low) / 2)
             steps, row = [*steps, (file["observations"][row].astype(float), unit)], row + 1
             after, fell = file["observations"][row].astype(float), float(file["terminations"][t])
-            given.append([*steps[-1][0], *unit, *after, fell])
+            if tier == "high" and a.demos_in_replay:
+                replay.append([*steps[-1][0], *unit, *after, fell])
             if file["terminations"][t] or file["truncations"][t]:
                 tiers[tier].append([np.array(column) for column in zip(*steps)])
                 steps, row = [], row + 1
@@ -360,7 +361,6 @@ def slow_rlhf(a: rlhf.MujocoArgs, folder: Path):
                 sides.append(x[start : start + a.segment_length])
             pairs.append(sides if row["label"] == "1" else sides[::-1])
     demos, step, iteration = tiers["high"], 0, 0
-    replay = given if a.data_in_replay else []
     known = len(replay)
     episode_split, pair_split = split(len(demos)), split(len(pairs))
 
@@ -474,7 +474,7 @@ CHANGES = {  # stage 1 keeps the policy of update 15, 15 and 5 of 17, stage 2 th
     "SAC's entropy bonus": """--kl-coefficient 0 --critic-warmup-steps 0 --eval-every 3
     --reward-learning-rate 0.2""",
     "no annealing, no smoothness": """--no-anneal --gradient-penalty 0 --checkpoint-every 2
-    --no-data-in-replay --seed 11 --reward-learning-rate 0.05""",
+    --no-demos-in-replay --seed 11 --reward-learning-rate 0.05""",
 }
 
 
@@ -885,7 +885,8 @@ def test_shared_flags_have_the_same_defaults():
         {f.name: f.default for f in fields(x)} for x in (aihf.Args, rlhf.MujocoArgs)
     )
     shared = of_aihf.keys() & of_rlhf.keys()
-    assert {name for name in shared if of_aihf[name] != of_rlhf[name]} == {"learning_rate"}
+    different = {name for name in shared if of_aihf[name] != of_rlhf[name]}
+    assert different == {"learning_rate", "reward_learning_rate"}
     assert len(shared) > 25
     for name in ("BLOCK", "LOG_STD_MIN", "LOG_STD_MAX", "PENALTY_POINTS"):
         assert getattr(aihf, name) == getattr(rlhf, name)

@@ -669,8 +669,8 @@ def slow_aihf(a: aihf.Args, folder: Path):
         pairs.append(sides if row["label"] == "1" else sides[::-1])
 
     memory, step, env_steps, iteration = [], 0, 0, 0
-    files = [folder / f"{tier}.npz" for tier in used if a.data_in_replay]
-    replay = [row for path in files for row in slow_transitions(path)]
+    demos_too = a.demos_in_replay and a.demo_weight
+    replay = slow_transitions(folder / "high.npz") if demos_too else []
     known = len(replay)
     while step < a.total_timesteps:
         left = 1 - step / a.total_timesteps if a.anneal else 1
@@ -791,11 +791,11 @@ def slow_aihf(a: aihf.Args, folder: Path):
 
 CHANGES = {
     "demonstrations and preferences": "",
-    "preferences alone, anchors in their data": "--demo-weight 0 --rollout-memory 1 "
-    "--no-data-in-replay",
+    "preferences alone, anchors in their data": "--demo-weight 0 --rollout-memory 1",
     "demonstrations alone, as in the paper": "--preference-weight 0 --return-form discounted "
     "--gradient-penalty 0 --no-anneal --entropy-coefficient 0.3 --eval-every 3",
-    "learning starts late": "--learning-starts 29 --checkpoint-every 2 --total-timesteps 58",
+    "learning starts late": "--learning-starts 29 --checkpoint-every 2 --total-timesteps 58 "
+    "--no-demos-in-replay",
 }
 
 
