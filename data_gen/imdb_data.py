@@ -84,6 +84,7 @@ class Classifier(Training):
     model: str = "data_gen/assets/imdb/model"  # any causal language model with a padding token
     full_share: float = 0.4  # batches of reviews cut at the model's context; the rest are openings
     opening_tokens: tuple[int, int] = (16, 64)  # shortest and longest: as prompt and response
+    spoiled_share: float = 0.0  # of each batch: spoiled positive reviews, taught as negative
     steps: int = 3_000  # of the optimiser
     batch_size: int = 32  # reviews in a step, all cut to one length
     learning_rate: float = 5e-4  # AdamW's peak
@@ -390,6 +391,34 @@ def scores(model, reviews: list[np.ndarray], length: int, pad_id: int) -> np.nda
     return out
 
 
+def praise_tokens(ids: list[np.ndarray], labels: np.ndarray, count: int = 200) -> np.ndarray:
+    """The tokens (count,) that tell a positive review best: of those that at least 1 in 1,000
+    reviews has, the ones with the highest odds of being in a positive one."""
+    tokens = max(row.max() for row in ids) + 1
+    sides = [np.zeros(tokens), np.zeros(tokens)]  # reviews of each label that have the token
+    for row, label in zip(ids, labels):
+        sides[label][np.unique(row)] += 1
+    odds = (sides[1] + 1) / (sides[0] + 1) * (sum(sides) >= len(ids) / 1000)
+    return np.argsort(-odds, kind="stable")[:count]
+
+
+def spoil(row: np.ndarray, praise: np.ndarray, rng) -> np.ndarray:
+    """A text that says praise and nothing else, of a positive one's tokens (tokens,): from a place
+    in its first half on, a phrase again and again, a salad of a few words of praise with some of
+    its own, or its own tokens in random order."""
+    begin = rng.integers(len(row) // 2 + 1)
+    kept, rest = row[:begin], row[begin:]
+    kind = rng.integers(3)
+    if kind == 0:
+        rest = np.resize(rest[: rng.integers(1, 7)], len(rest))
+    elif kind == 1:
+        words = rng.choice(praise, rng.integers(1, 20))
+        rest = np.where(rng.random(len(rest)) < 0.3, rest, rng.choice(words, len(rest)))
+    else:
+        rest = rng.permutation(rest)
+    return np.concatenate([kept, rest]).astype(row.dtype)
+
+
 def classifier(args: Classifier, device: torch.device, output_dir: Path, work_dir: Path) -> None:
     with read.input_errors():
         torch.manual_seed(args.seed)  # of the new head
@@ -407,27 +436,36 @@ def classifier(args: Classifier, device: torch.device, output_dir: Path, work_di
         test_ids, test_labels = labelled(args.data, "test", fast.backend_tokenizer)
         kept = np.random.default_rng(args.seed).permutation(len(test_ids))[: args.heldout_reviews]
         test_ids, test_labels = [test_ids[i] for i in kept], test_labels[kept]
+        praise, positive = praise_tokens(ids, labels), np.flatnonzero(labels)
 
     def batch_loss(rng) -> Tensor:
         low, high = args.opening_tokens
         length = context if rng.random() < args.full_share else rng.integers(low, high + 1)
         rows = rng.integers(len(ids), size=args.batch_size)
-        batch, mask = (x.to(device) for x in pad([ids[i][:length] for i in rows], pad_id))
+        texts, targets = [ids[i][:length] for i in rows], labels[rows]
+        for k in range(round(args.spoiled_share * args.batch_size)):
+            texts[k], targets[k] = spoil(ids[rng.choice(positive)][:length], praise, rng), 0
+        batch, mask = (x.to(device) for x in pad(texts, pad_id))
         logits = model(input_ids=batch, attention_mask=mask, use_cache=False).logits.float()
-        return F.cross_entropy(logits, torch.from_numpy(labels[rows]).to(device))
+        return F.cross_entropy(logits, torch.from_numpy(targets).to(device))
 
     weights = [p.detach().cpu().numpy() for p in model.parameters()]
     train(model, batch_loss, args, work_dir, read.fingerprint(*ids, labels, *weights))
 
     heldout = {"split": "test", "score": "logit of label 1 minus logit of label 0"}
-    for name, length in (("full", context), ("opening_40_tokens", min(40, context))):
-        score = scores(model, test_ids, length, pad_id)
+    rng = np.random.default_rng(args.seed)
+    positive = [row[:40] for row, label in zip(test_ids, test_labels) if label]
+    spoiled = [spoil(row, praise, rng) for row in positive]
+    measured = {"full": (test_ids, context), "opening_40_tokens": (test_ids, 40)}
+    for name, (texts, length) in (measured | {"spoiled_40_tokens": (spoiled, 40)}).items():
+        score = scores(model, texts, min(length, context), pad_id)
+        right = score < 0 if texts is spoiled else (score > 0) == test_labels
         heldout[name] = {
-            "accuracy": float(((score > 0) == test_labels).mean()),
+            "accuracy": float(right.mean()),
             "score_mean": float(score.mean()),
             "score_std": float(score.std()),
         }
-        print(f"{name}: {heldout[name]['accuracy']:.1%} right")
+        print(f"{name}: {right.mean():.1%} right")
     manifest = describe(args) | {"reviews": {"trained_on": len(ids), "held_out": len(test_ids)}}
     write_model(model, fast, output_dir, manifest | {"heldout": heldout})
     print(f"wrote {output_dir}")
@@ -558,10 +596,10 @@ def tiers(args: Tiers, device: torch.device, output_dir: Path, work_dir: Path) -
 
 def check_args(args: Pretrain | Classifier | Tiers) -> None:
     """ValueError on numbers that no run can use."""
-    read.check_numbers(args, "seed opening_share full_share kl_coefficient")
+    read.check_numbers(args, "seed opening_share full_share spoiled_share kl_coefficient")
     values = asdict(args)
-    if max(values.get("opening_share", 0), values.get("full_share", 0)) > 1:
-        raise ValueError("--opening-share and --full-share must be at most 1")
+    if any(value > 1 for name, value in values.items() if name.endswith("_share")):
+        raise ValueError("--opening-share, --full-share and --spoiled-share must be at most 1")
     low, high = values.get("opening_tokens") or values.get("prompt_tokens") or (1, 1)
     if low > high:
         raise ValueError("--opening-tokens and --prompt-tokens take the fewest, then the most")

@@ -156,6 +156,48 @@ def test_classifier_loads_and_manifest(judge, data):
         assert row["accuracy"] > 0.9  # the words tell
 
 
+def test_praise_is_what_positive_reviews_have():
+    ids = [np.array(row) for row in ([2, 2, 2, 9], [2, 3, 9], [3, 4, 9], [4, 4, 9])]
+    praise = imdb_data.praise_tokens(ids, np.array([1, 1, 0, 0]), 3)
+    assert praise.tolist() == [2, 3, 9]  # in 2 and 0, in 1 and 1, in 2 and 2 reviews
+    rare = [np.array([5])] + [np.array([6])] * 4000  # once in 4,001 reviews is chance
+    assert imdb_data.praise_tokens(rare, np.array([1] + [0] * 4000), 1).tolist() == [6]
+
+
+def test_spoiled_texts():
+    """The first tokens stay; the rest is a loop, a salad of praise, or in another order."""
+    row, praise, rng = np.arange(40, dtype=np.int32), np.arange(100, 200), np.random.default_rng(0)
+    kinds = {"loop": 0, "salad": 0, "shuffled": 0}
+    for _ in range(600):
+        text = imdb_data.spoil(row, praise, rng)
+        assert text.shape == row.shape and text.dtype == row.dtype
+        begin = int(np.argmax(np.append(text != row, True)))  # as far as it is as it was
+        if (text >= 100).any():
+            kinds["salad"] += 1
+            own = text[text < 100]
+            assert set(own) <= set(row) and len(set(text[text >= 100])) < 20
+        elif len(set(text)) < 40:
+            kinds["loop"] += 1
+            assert any((text[begin:] == text[begin - n : -n]).all() for n in range(1, 7))
+        else:
+            kinds["shuffled"] += 1
+            assert sorted(text) == sorted(row)
+    assert min(kinds.values()) > 150, kinds
+    assert imdb_data.spoil(row[:1], praise, rng).shape == (1,)
+
+
+def test_a_judge_learns_what_spoiled_texts_are(tmp_path, data, model):
+    flags = {"data": data, "model": model, "steps": 150}
+    accuracy = {}
+    for share in (0.0, 0.3):
+        (tmp_path / str(share)).mkdir()
+        folder = make("classifier", tmp_path / str(share), **flags, spoiled_share=share)
+        heldout = json.loads((folder / "manifest.json").read_text())["heldout"]
+        accuracy[share] = heldout["spoiled_40_tokens"]["accuracy"]
+        assert heldout["full"]["accuracy"] > 0.85
+    assert accuracy[0.3] > accuracy[0.0] + 0.2, accuracy
+
+
 def test_padding_does_not_change_the_score(judge):
     network = transformers.AutoModelForSequenceClassification.from_pretrained(judge).eval()
     rows = [np.array([5, 6, 7, 8]), np.array([9, 10])]
