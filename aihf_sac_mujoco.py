@@ -9,10 +9,9 @@ learns to hop from 10 demonstrations and 2,000 preferences between 50-step segme
 minutes on two CPU cores; prints the true return, used for nothing else; writes runs/<run_name>/.
 
 Three departures from the paper matter (README.md has all of them):
-- g1 (Lemma 5.1) is linear in the reward and unbounded. Here r is bounded (and positive where a fall
-  ends an episode: to fall earns less), and slopes of r above 1 between demonstrations and rollouts
-  are penalised, as in Wasserstein GANs.
-- g1's rollouts are those of the ten latest policies, each episode alike, and learning rates fall to
+- g1 (Lemma 5.1) is linear in r and unbounded. Here r is bounded, positive where a fall ends an
+  episode (to fall earns less), and its slopes above 1 are penalised, as in Wasserstein GANs.
+- g1's rollouts are those of the ten latest policies, each policy alike, and learning rates fall to
   0: the newest policy alone would let the reward forget the one before, and the two take turns.
 - R(τ) in g1 is a mean of r over steps / (1 - γ): a discounted sum forgets the later steps.
 """
@@ -40,27 +39,27 @@ from data_gen import read
 class Args:
     env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "Hopper-v4"  # a MuJoCo robot
     seed: int = 1  # of networks, exploration, batches, rollouts; evaluation has seeds of its own
-    total_timesteps: int = 0  # SAC steps; 0: 100,000 for each dimension of the robot's actions
+    total_timesteps: int | None = None  # SAC steps; None: 100,000 for each dimension of actions
     data_dir: str = ""  # high.npz, medium.npz, low.npz, pairs.csv; "": data_gen/assets/mujoco/<env>
 
     # Upper level: the reward
     demo_weight: float = 1.0  # α of (8a); 0 is RLHF's reward learning
-    preference_weight: float = 10.0  # 0: maximum-likelihood inverse reinforcement (paper: 1)
-    preference_temperature: float = 5.0  # R(τ) of (11) is divided by it (paper: 1)
+    preference_weight: float = 10.0  # of (11); 0: inverse reinforcement learning (paper: 1)
+    preference_temperature: float = 5.0  # divides the difference of returns in (11) (paper: 1)
     reward_updates_per_iteration: int = 100  # Adam steps (the authors' code: 1, in longer runs)
-    demo_batch_size: int = 2_000  # steps of demonstrations, and of rollouts, in each, for g1
+    demo_batch_size: int = 2_000  # demonstrated steps, and as many of rollouts, in each update
     rollout_steps_per_iteration: int = 2_000  # of fresh whole episodes for g1, at least
     return_form: Literal["discounted", "mean"] = "mean"  # R(τ) in g1 (paper: discounted)
     segment_length: int = 50  # steps of each side of a preference
     preference_batch_size: int = 64  # pairs in each reward update
     rollout_memory: int = 10  # latest policies whose rollouts g1 sees (Lemma 5.1: 1)
     reward_learning_rate: float = 1e-3  # Adam's (paper: 1e-4)
-    reward_range: tuple[float, float] | None = None  # of r; None: 0 4 if it can fall, -10 10 if not
+    reward_range: tuple[float, float] | None = None  # bounds; None: 0 4 if it can fall, else -10 10
     gradient_penalty: float = 1000.0  # weight of the penalty on slopes of r above 1 (paper: none)
 
     # Lower level: the policy
     policy_steps_per_iteration: int = 5_000  # SAC steps in each policy alignment
-    demos_in_replay: bool = True  # SAC learns from demonstrated transitions too (paper: no)
+    demos_in_replay: bool | None = None  # for SAC (paper: no); None: where the robot can fall
     learning_starts: int = 5_000  # steps of uniformly random actions before the first update
     learning_rate: float = 1e-3  # Adam's (paper: 3e-3; the authors' code: 1e-3)
     anneal: bool = True  # let both learning rates fall linearly to 0 (paper: no)
@@ -136,24 +135,21 @@ def demonstration_gap(reward, demos, rollouts) -> Tensor:
     return (w_demos * reward(x_demos)).sum() - (w_policy * reward(x_policy)).sum()
 
 
-def draw(steps, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Features and weights of count steps, drawn in proportion to the weights of all (N,) and then
-    of equal weight and the same sum: their Σ weight · r is unbiased."""
-    x, weights = steps
+def draw(x: Tensor, weights: Tensor, count: int, rng: np.random.Generator) -> tuple:
+    """Features and equal weights of count steps drawn in proportion to their weights (N,): Σ weight
+    · r is that of all N on average."""
     shares = weights.double().cpu() / weights.double().sum().cpu()
-    index = torch.from_numpy(rng.choice(len(x), count, p=shares.numpy()))
-    return x[index], (weights.sum() / count).expand(count)
+    return x[rng.choice(len(x), count, p=shares.numpy())], (weights.sum() / count).expand(count)
 
 
-def preference_log_likelihood(reward, preferred, other, temperature: float) -> Tensor:
+def preference_log_likelihood(reward, preferred, other, temperature: float = 1.0) -> Tensor:
     """L2, (11): mean log σ((R(τ_w) - R(τ_l)) / temperature) over pairs of segments, (pairs, steps,
     obs_dim + act_dim) each, R a sum over steps: (). Its gradient in θ is g2, (27)."""
     return F.logsigmoid((reward(preferred) - reward(other)).sum(-1) / temperature).mean()
 
 
 def slope_penalty(reward, x: Tensor) -> Tensor:
-    """Mean max(0, ‖∂r/∂x‖ - 1)² over x (N, obs_dim + act_dim): (), 0 where r is 1-Lipschitz
-    (Petzka et al. 2018)."""
+    """Mean max(0, ‖∂r/∂x‖ - 1)² over x (N, d): 0 where r is 1-Lipschitz (Petzka et al. 2018)."""
     x = x.detach().requires_grad_()
     (slope,) = torch.autograd.grad(reward(x).sum(), x, create_graph=True)
     return ((slope.square().sum(-1) + 1e-12).sqrt() - 1).clamp(min=0).square().mean()
@@ -189,19 +185,20 @@ def main() -> None:
         tuned = args.entropy_coefficient == "auto"
         sac = init_sac(actor, critics, 1.0 if tuned else float(args.entropy_coefficient))
         update = make_sac_update(actor, critics, args.gamma, args.tau, -act_dim if tuned else None)
-        if not args.reward_range:  # does an episode of the untrained policy end before its time?
-            lengths = play(env, actor, range(3), rng=np.random.default_rng(0))[2]
-            falls = lengths.min() < env.spec.max_episode_steps
-            args.reward_range = (0.0, 4.0) if falls else (-10.0, 10.0)
+        if None in (args.reward_range, args.demos_in_replay):  # can it end an episode by a fall?
+            length = play(env, actor, range(3), rng=np.random.default_rng(0))[2].min()
+            can_fall = length.item() < env.spec.max_episode_steps
+            args.reward_range = args.reward_range or ((0.0, 4.0) if can_fall else (-10.0, 10.0))
+            if args.demos_in_replay is None:
+                args.demos_in_replay = can_fall
         all_obs = np.concatenate([tier.obs for tier in tiers.values()])
         reward = Reward(all_obs, act_dim, args.hidden, args.reward_range).to(device)
         reward_optimizer = torch.optim.Adam(reward.parameters())
         widths = (obs_dim, act_dim, obs_dim, 1)  # a transition: s, a, s', whether it ended there
-        replay = np.zeros((args.total_timesteps, sum(widths)), np.float32)
-        if args.demos_in_replay and args.demo_weight:
-            obs, actions, _, *rest = tiers["high"]
-            replay = np.concatenate([np.column_stack([obs, actions, *rest]), replay])
-        known = len(replay) - args.total_timesteps  # demonstrated transitions, before SAC's own
+        known = len(tiers["high"].obs) if args.demos_in_replay and args.demo_weight else 0
+        replay = np.zeros((known + args.total_timesteps, sum(widths)), np.float32)
+        if known:  # demonstrated transitions, before SAC's own
+            replay[:known] = np.column_stack([*tiers["high"][:2], *tiers["high"][3:]])
         recent = []  # rollouts of the latest policies: observations, actions, lengths
         counts = ("charts/iteration", "charts/sac_steps", "charts/env_steps", "charts/wall_seconds")
         log = [dict.fromkeys(counts, 0)]  # rows of metrics.csv, one an iteration
@@ -272,14 +269,14 @@ def main() -> None:
         fresh = play(env, actor, seeds, args.rollout_steps_per_iteration, rng)[:3]
         recent = [*recent, fresh][-args.rollout_memory :]
         x, weights = map(torch.cat, zip(*(weighted(*policy) for policy in recent)))
-        rollouts = x, weights / len(recent)  # a policy that falls has more episodes, no more weight
+        rollouts = x, weights / len(recent)  # each policy alike, however many episodes it played
 
         # ================ UPPER LEVEL (8a): θ_{k+1} = θ_k + η (α g1 + g2), with a slope penalty
         reward_optimizer.param_groups[0]["lr"] = args.reward_learning_rate * share_left
         for _ in range(args.reward_updates_per_iteration):
             objective = torch.zeros((), device=device)
             if args.demo_weight:  # g1
-                sides = (draw(x, args.demo_batch_size, rng) for x in (data["high"], rollouts))
+                sides = (draw(*x, args.demo_batch_size, rng) for x in (data["high"], rollouts))
                 objective += args.demo_weight * demonstration_gap(reward, *sides)
             if args.preference_weight:  # g2
                 batch = torch.from_numpy(rng.integers(len(pairs), size=args.preference_batch_size))
@@ -428,10 +425,10 @@ def make_sac_update(actor, critics, gamma: float, tau: float, target_entropy: fl
     return update
 
 
-def compile_update(update, sac: dict, obs_dim: int, act_dim: int, batch_size: int):
-    """The update compiled, after a trial on copies; or, with a printed line, the update itself."""
-    shapes = [(), (batch_size, obs_dim), (batch_size, act_dim), (batch_size,)]
-    shapes += [(batch_size, obs_dim), (batch_size,), (2, batch_size, act_dim)]
+def compile_update(update, sac: dict, obs_dim: int, act_dim: int, n: int):
+    """The update for batches of n compiled, after a trial on copies; or, with a printed line, the
+    update itself."""
+    shapes = [(), (n, obs_dim), (n, act_dim), (n,), (n, obs_dim), (n,), (2, n, act_dim)]
     inputs = [torch.zeros(shape, device=sac["beta"]["log"].device) for shape in shapes]
     options = {"cpp_wrapper": True, "guard_filter_fn": lambda guards: [False] * len(guards)}
     compiled = torch.compile(update, fullgraph=True, dynamic=False, options=options)
@@ -499,10 +496,9 @@ def reward_metrics(reward, data: dict, x_policy: Tensor, segments: list, args: A
         row["reward/demonstrations"] = reward(data["high"][0]).mean().item()
         row["reward/gap"] = row["reward/demonstrations"] - row["reward/policy"]
     if segments:
-        margins = (reward(segments[0]) - reward(segments[1])).sum(-1)
+        margins = (reward(segments[0]) - reward(segments[1])).sum(-1) / args.preference_temperature
         row["reward/preference_accuracy"] = (margins > 0).float().mean().item()
-        likelihood = preference_log_likelihood(reward, *segments, args.preference_temperature)
-        row["reward/preference_loss"] = -likelihood.item()
+        row["reward/preference_loss"] = -F.logsigmoid(margins).mean().item()
     return row
 
 
@@ -513,8 +509,7 @@ def parse_args() -> tuple[Args, dict]:
     run = args.resume or args.evaluate
     state = read.checkpoint(run, SCRIPT) if run else {}
     args = tyro.cli(Args, default=Args(**state.get("args", {})))
-    may_be_zero = "seed total_timesteps demo_weight preference_weight gradient_penalty"
-    read.check_numbers(args, may_be_zero, "reward_range")
+    read.check_numbers(args, "seed demo_weight preference_weight gradient_penalty", "reward_range")
     if args.demo_weight == args.preference_weight == 0:
         raise ValueError("--demo-weight and --preference-weight are 0: there is nothing to learn")
     low, high = args.reward_range or (0.0, 1.0)

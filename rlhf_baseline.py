@@ -57,7 +57,7 @@ class MujocoArgs:
 
     env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "Hopper-v4"  # a MuJoCo robot
     seed: int = 1  # of networks, held-out data, batches, exploration; evaluation has its own
-    total_timesteps: int = 0  # SAC steps; 0: 100,000 for each dimension of the robot's actions
+    total_timesteps: int | None = None  # SAC steps; None: 100,000 for each dimension of actions
     data_dir: str = ""  # high.npz, medium.npz, low.npz, pairs.csv; "": data_gen/assets/mujoco/<env>
     held_out_share: float = 0.1  # share of demonstrated episodes, and of pairs, to choose by
 
@@ -71,11 +71,11 @@ class MujocoArgs:
     segment_length: int = 50  # steps of each side of a preference
     preference_batch_size: int = 64  # pairs in each reward update
     reward_learning_rate: float = 3e-4  # Adam's (paper: 1e-4)
-    reward_range: tuple[float, float] | None = None  # of r; None: 0 4 if it can fall, -10 10 if not
+    reward_range: tuple[float, float] | None = None  # bounds; None: 0 4 if it can fall, else -10 10
     gradient_penalty: float = 1000.0  # weight of the penalty on slopes of r above 1 (paper: none)
 
     # 3. RL
-    demos_in_replay: bool = True  # SAC learns from demonstrated transitions too (paper: no)
+    demos_in_replay: bool | None = None  # for SAC (paper: no); None: where the robot can fall
     critic_warmup_steps: int = 10_000  # SAC steps in which the cloned policy acts and stands still
     kl_coefficient: float = 10.0  # β of (4): less loses the clone; 0: SAC's entropy bonus, β tuned
     policy_steps_per_iteration: int = 5_000  # SAC steps between two rows of metrics.csv
@@ -146,8 +146,7 @@ def preference_log_likelihood(reward, preferred: Tensor, other: Tensor) -> Tenso
 
 
 def slope_penalty(reward, x: Tensor) -> Tensor:
-    """Mean max(0, ‖∂r/∂x‖ - 1)² over x (N, obs_dim + act_dim): (), 0 where r is 1-Lipschitz
-    (Petzka et al. 2018)."""
+    """Mean max(0, ‖∂r/∂x‖ - 1)² over x (N, d): 0 where r is 1-Lipschitz (Petzka et al. 2018)."""
     x = x.detach().requires_grad_()
     (slope,) = torch.autograd.grad(reward(x).sum(), x, create_graph=True)
     return ((slope.square().sum(-1) + 1e-12).sqrt() - 1).clamp(min=0).square().mean()
@@ -194,7 +193,7 @@ def fit(module: nn.Module, loss, penalty, split, batch_size, updates, learning_r
 def mujoco(args: MujocoArgs, state: dict) -> None:
     """All three stages, or what is left of them after the checkpoint `state`."""
     with read.input_errors():  # around set-up: what is wrong with the input is said in one line
-        may_be_zero = "seed total_timesteps gradient_penalty critic_warmup_steps kl_coefficient"
+        may_be_zero = "seed gradient_penalty critic_warmup_steps kl_coefficient"
         read.check_numbers(args, may_be_zero, unchecked="reward_range")
         low, high = args.reward_range or (0.0, 1.0)
         if args.gamma >= 1 or args.tau > 1 or not -math.inf < low < high < math.inf:
@@ -222,18 +221,19 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         target_entropy = None if args.kl_coefficient else -act_dim
         settings = args.gamma, args.tau, target_entropy, args.critic_warmup_steps
         update = make_sac_update(actor, critics, *settings)
-        if not args.reward_range:  # does an episode of the untrained policy end before its time?
-            lengths = play(env, actor, range(3), rng=np.random.default_rng(0))[2]
-            falls = lengths.min() < env.spec.max_episode_steps
-            args.reward_range = (0.0, 4.0) if falls else (-10.0, 10.0)
+        if None in (args.reward_range, args.demos_in_replay):  # can it end an episode by a fall?
+            length = play(env, actor, range(3), rng=np.random.default_rng(0))[2].min()
+            can_fall = length.item() < env.spec.max_episode_steps
+            args.reward_range = args.reward_range or ((0.0, 4.0) if can_fall else (-10.0, 10.0))
+            if args.demos_in_replay is None:
+                args.demos_in_replay = can_fall
         all_obs = np.concatenate([tier.obs for tier in tiers.values()])
         reward = Reward(all_obs, act_dim, args.hidden, args.reward_range).to(device)
         widths = (obs_dim, act_dim, obs_dim, 1)  # a transition: s, a, s', whether it ended there
-        replay = np.zeros((args.total_timesteps, sum(widths)), np.float32)
-        if args.demos_in_replay:
-            obs, actions, _, *rest = demos
-            replay = np.concatenate([np.column_stack([obs, actions, *rest]), replay])
-        known = len(replay) - args.total_timesteps  # demonstrated transitions, before SAC's own
+        known = len(tiers["high"].obs) if args.demos_in_replay else 0
+        replay = np.zeros((known + args.total_timesteps, sum(widths)), np.float32)
+        if known:  # demonstrated transitions, before SAC's own
+            replay[:known] = np.column_stack([*tiers["high"][:2], *tiers["high"][3:]])
         counts = ("charts/iteration", "charts/sac_steps", "charts/env_steps", "charts/wall_seconds")
         stage, log = 1, []  # log: rows of metrics.csv, of stage 1, of stage 2, one an iteration
 
@@ -527,10 +527,10 @@ def make_sac_update(actor, critics, gamma: float, tau: float, target_entropy, wa
     return update
 
 
-def compile_update(update, sac: dict, obs_dim: int, act_dim: int, batch_size: int):
-    """The update compiled, after a trial on copies; or, with a printed line, the update itself."""
-    shapes = [(), (batch_size, obs_dim), (batch_size, act_dim), (batch_size,)]
-    shapes += [(batch_size, obs_dim), (batch_size,), (2, batch_size, act_dim)]
+def compile_update(update, sac: dict, obs_dim: int, act_dim: int, n: int):
+    """The update for batches of n compiled, after a trial on copies; or, with a printed line, the
+    update itself."""
+    shapes = [(), (n, obs_dim), (n, act_dim), (n,), (n, obs_dim), (n,), (2, n, act_dim)]
     inputs = [torch.zeros(shape, device=sac["beta"]["log"].device) for shape in shapes]
     options = {"cpp_wrapper": True, "guard_filter_fn": lambda guards: [False] * len(guards)}
     compiled = torch.compile(update, fullgraph=True, dynamic=False, options=options)

@@ -59,7 +59,8 @@ def film(env: gym.Env, actor: Actor, args: Args) -> list[np.ndarray]:
         obs, _, terminated, truncated, _ = env.step(actor.act(obs, 0.0))
         done, steps = terminated or truncated, steps + 1
     if not frames:
-        raise ValueError(f"the episode ends after {steps * env.unwrapped.dt:.2f} seconds")
+        end = f"{steps * env.unwrapped.dt:.2f} seconds"
+        raise ValueError(f"the episode ends after {end}, before --first-second {args.first_second}")
     return frames
 
 

@@ -49,8 +49,9 @@ def merge(path: Path, new: list[dict], keys: tuple[str, ...], order=lambda row: 
         rows = list(csv.DictReader(file))
     rows = [row for row in rows if tuple(row[key] for key in keys) not in replaced] + new
     rows.sort(key=lambda row: (*(row[key] for key in keys), order(row)))
+    columns = dict.fromkeys(key for row in rows for key in row)
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     return rows
@@ -84,17 +85,18 @@ def curves_of(rows: list[dict], env: str) -> dict[str, np.ndarray]:
     """{seed: (evaluations, 7)}: steps, true return, its deviation, seconds, and FIT's columns."""
     names = ("sac_steps", "return_mean", "return_std", "wall_seconds", *FIT)
     of = [row for row in rows if row["env"] == env]
-    return {
-        seed: np.array([[float(row[name]) for name in names] for row in of if row["seed"] == seed])
-        for seed in sorted({row["seed"] for row in of})
-    }
+    curves = {row["seed"]: [] for row in sorted(of, key=lambda row: row["seed"])}
+    for row in of:
+        curves[row["seed"]].append([float(row.get(name) or "nan") for name in names])
+    return {seed: np.array(curve) for seed, curve in curves.items()}
 
 
 def summarise(rows: list[dict]) -> str:
     """Final true return of every seed, beside the data's, the best, the lowest of the second half,
     and how well the last reward fits preferences and demonstrations."""
     columns = "environment | seed | SAC steps | final return | best | lowest of second half"
-    columns += " | final / demonstrations | above medium | preference accuracy | loss | gap | min"
+    columns += " | final / demonstrations | above medium | preference accuracy | loss"
+    columns += " | gap / range | min"
     lines = [f"| {columns} |", "|---" * 12 + "|"]
     for env in ENVS:
         demo, medium = (tiers(env)[tier]["return_mean"] for tier in ("high", "medium"))

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The main result: AIHF on three robots, seeds 1 to 3 (Hopper: 1 to 5), fixed before the runs. Two single-threaded runs side by
-# side (JOBS=2). Stopped or killed, the same command carries on. Then: python benchmark/main_job.py
+# The main result: AIHF on three robots, seeds 1 to 3 (Hopper: 1 to 5), fixed before the runs.
+# Two single-threaded runs side by side (JOBS=2). Stopped or killed, the same command carries on.
+# Then: python benchmark/main_job.py
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run() { # env seed

@@ -74,9 +74,7 @@ if __name__ == "__main__":
     axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
     for axis, (panel, (deviation, title)) in zip(axes, panels.items()):
         for run, table in runs.items():
-            rows = np.isfinite(
-                table.get(panel, table["steps"] * np.nan)
-            )  # those with an evaluation
+            rows = np.isfinite(table.get(panel, table["steps"] * np.nan))  # those with a number
             x, y = table["steps"][rows], table.get(panel, table["steps"])[rows]
             (line,) = axis.plot(x, y, label=run.resolve().name)
             std = table.get(deviation, np.zeros(len(rows)))[rows]

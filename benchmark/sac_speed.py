@@ -13,14 +13,14 @@ The libraries take turns in every round, each measurement in a process of its ow
 the same one CPU core with one thread: environment steps, one SAC update (automatic entropy
 coefficient) for each, the same sizes of networks and batches. Neither compilation nor a warm-up of
 50,000 steps (random actions, then a thousand updates) is in the time: after it our memory of
-rollouts, which reward updates go through, is full.
+rollouts, from which reward updates draw their steps, is full.
 
 - aihf: aihf_sac_mujoco.py as shipped, from the charts/SPS it logs. Only SAC steps are counted, but
   rollouts, reward updates and logging are in the time, which the others have not; evaluation and
   checkpoints are not in it.
 - aihf-lower-level: the same script with as little around SAC as its flags allow, in one policy
-  alignment of --steps: relabelling with the learned reward, and after it one reward update on one
-  episode of rollouts, stay in the time.
+  alignment of --steps: relabelling with the learned reward, and after it one reward update on steps
+  drawn from one episode of rollouts, stay in the time.
 - sb3, sbx: Stable-Baselines3 (PyTorch) and SBX (JAX), an update after each environment step, which
   is their default.
 - sb3-blocks, sbx-blocks: the same with 50 environment steps and then 50 updates, the order ours has

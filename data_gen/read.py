@@ -215,20 +215,17 @@ def episodes(path: Path, env) -> Episodes:
     except Exception as error:  # a damaged file raises almost anything
         raise ValueError(f"cannot read {path} ({one_line(error)})") from None
     lengths, low = check_episodes(arrays, path), env.unwrapped.action_space.low
-    obs, actions = (arrays[name].astype(np.float32) for name in EPISODE_ARRAYS[:2])
+    obs, actions, fell = (arrays[name].astype(np.float32) for name in EPISODE_ARRAYS[:3])
     if (obs.shape[1:], actions.shape[1:]) != (env.observation_space.shape, low.shape):
         wanted = f"{env.observation_space.shape} and {low.shape}"
-        raise ValueError(
-            f"{path} is of another robot: its observations and actions are not {wanted}"
-        )
+        raise ValueError(f"{path} is of another robot: observations and actions are not {wanted}")
     actions = 2 * (actions - low) / (env.unwrapped.action_space.high - low) - 1
     if (outside := np.abs(actions) > 1.001).any():
         row = np.argwhere(outside)[0, 0]
         raise ValueError(f"{path}: actions leave the robot's bounds in row {row}")
     last = np.cumsum(lengths + 1) - 1  # an episode's last observation has no action
     now, after = (np.delete(obs, x, axis=0) for x in (last, last - lengths))
-    terminated = arrays["terminations"].astype(np.float32)
-    return Episodes(now, actions.astype(np.float32), lengths, after, terminated)
+    return Episodes(now, actions.astype(np.float32), lengths, after, fell)
 
 
 def pairs(folder: Path, tiers: dict[str, Episodes], segment_length: int) -> list[tuple]:

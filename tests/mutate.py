@@ -1,9 +1,9 @@
 """Change a script one place at a time and list the changes that its tests do not notice.
 
-    python tests/mutate.py aihf_sac_mujoco.py tests/test_sac_mujoco.py 217 316 -k loop
+    python tests/mutate.py aihf_sac_mujoco.py tests/test_sac_mujoco.py FIRST LAST -k loop
 
 Each change is tried by `pytest -x -q` on a copy of the repository in a temporary folder, in a fork
-of this process, which has run the tests once. Without line numbers: the whole script.
+of this process, which has run the tests once. Without FIRST and LAST, lines: the whole script.
 """
 
 import ast

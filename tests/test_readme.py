@@ -32,11 +32,11 @@ README = ROOT / "README.md"
 PAGES = [README, ROOT / "benchmark/README.md", ROOT / "data_gen/README.md"]
 NOTES = sorted((ROOT / "benchmark/tuning").glob("*.md"))
 BUDGETS = {  # lines, at most
-    "aihf_sac_mujoco.py": 520,
+    "aihf_sac_mujoco.py": 525,
     "aihf_ppo_llm.py": 725,
     "aihf_dpo_llm.py": 480,
     "rlhf_baseline.py": 1290,
-    "data_gen/read.py": 390,
+    "data_gen/read.py": 392,
     "benchmark/plot.py": 90,
 }
 FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.M | re.S)

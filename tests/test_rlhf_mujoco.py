@@ -48,7 +48,7 @@ FLAGS = """--env helpers:Drift-v0 --seed 8 --bc-updates 17 --bc-batch-size 8 --b
 --held-out-share 0.3 --gradient-penalty 3 --reward-range -1 2 --total-timesteps 180
 --policy-steps-per-iteration 70 --critic-warmup-steps 60 --learning-rate 1e-3 --batch-size 8
 --hidden 8 7 --gamma 0.9 --tau 0.05 --eval-every 2 --eval-episodes 3 --checkpoint-every 1
---run-name run --no-compile --no-cuda""".split()
+--run-name run --demos-in-replay True --no-compile --no-cuda""".split()
 pytestmark = pytest.mark.filterwarnings("ignore")  # Gymnasium's, on v4 robots
 
 
@@ -474,7 +474,7 @@ CHANGES = {  # stage 1 keeps the policy of update 15, 15 and 5 of 17, stage 2 th
     "SAC's entropy bonus": """--kl-coefficient 0 --critic-warmup-steps 0 --eval-every 3
     --reward-learning-rate 0.2""",
     "no annealing, no smoothness": """--no-anneal --gradient-penalty 0 --checkpoint-every 2
-    --no-demos-in-replay --seed 11 --reward-learning-rate 0.05""",
+    --demos-in-replay False --seed 11 --reward-learning-rate 0.05""",
 }
 
 
@@ -839,7 +839,7 @@ def test_defaults_follow_from_the_robot(tmp_path, data, monkeypatch, script):
     asked = []
 
     def refuse(args, *rest):
-        asked.append((args.total_timesteps, args.reward_range))
+        asked.append((args.total_timesteps, args.reward_range, args.demos_in_replay))
         raise ValueError("enough")
 
     class High(helpers.Drift):
@@ -849,12 +849,15 @@ def test_defaults_follow_from_the_robot(tmp_path, data, monkeypatch, script):
 
     gym.register("High-v0", High, max_episode_steps=12)
     monkeypatch.setattr(script.read, "open_run", refuse)
-    world, given = ["mujoco"] if script is rlhf else [], ["--hidden", 8, "--data-dir", data]
-    for env, *more in (["helpers:Drift-v0"], ["High-v0"], ["High-v0", "--reward-range", -2, 1]):
-        flags = [*world, "--env", env, "--segment-length", 4, *given, *more]
+    world = ["mujoco"] if script is rlhf else []
+    common = ["--hidden", 8, "--segment-length", 4, "--data-dir", data]
+    given = ["--reward-range", -2, 1, "--total-timesteps", 5, "--demos-in-replay", "True"]
+    for more in (["helpers:Drift-v0"], ["High-v0"], ["High-v0", *given]):
+        flags = [*world, *common, "--env", *more]
         code, _, err = run_script(script, flags, tmp_path)
         assert (code, err) == (2, "error: enough\n")
-    assert asked == [(200_000, (0.0, 4.0)), (200_000, (-10.0, 10.0)), (200_000, (-2.0, 1.0))]
+    falls, does_not = (200_000, (0.0, 4.0), True), (200_000, (-10.0, 10.0), False)
+    assert asked == [falls, does_not, (5, (-2.0, 1.0), True)]
 
 
 @pytest.mark.parametrize("argv", [[], ["--seed", "1"], ["robots"], ["mujoco", "--no-such-flag"]])

@@ -163,7 +163,7 @@ def test_gap_and_its_gradient_g1(form):
 
 def test_draw_is_an_unbiased_sample_of_weighted_steps():
     x, weights = torch.arange(4.0)[:, None], torch.tensor([0.5, 0.0, 2.0, 1.5])
-    drawn, equal = aihf.draw((x, weights), 4000, np.random.default_rng(0))
+    drawn, equal = aihf.draw(x, weights, 4000, np.random.default_rng(0))
     assert drawn.shape == (4000, 1) and equal.shape == (4000,)
     close(equal, torch.full((4000,), 4.0 / 4000), 1e-7)
     counts = torch.bincount(drawn[:, 0].long(), minlength=4)
@@ -546,7 +546,7 @@ LOOP = """--env helpers:Drift-v0 --seed 4 --total-timesteps 72 --policy-steps-pe
 --reward-updates-per-iteration 3 --preference-batch-size 6 --demo-weight 0.7 --preference-weight 1.6
 --preference-temperature 1.7 --demo-batch-size 40 --gradient-penalty 3 --rollout-memory 2
 --reward-learning-rate 0.02 --reward-range -1 2 --gamma 0.9 --tau 0.05 --eval-every 2
---eval-episodes 3 --checkpoint-every 1 --no-compile --no-cuda"""
+--eval-episodes 3 --checkpoint-every 1 --demos-in-replay True --no-compile --no-cuda"""
 BLOCK, POINTS = 20, 50  # in the place of the script's constants
 TOLERANCE = 2e-5  # relative and absolute
 SCALE = 2.5  # of the reward's first weights, so that the penalty on slopes above 1 is at work
@@ -795,7 +795,7 @@ CHANGES = {
     "demonstrations alone, as in the paper": "--preference-weight 0 --return-form discounted "
     "--gradient-penalty 0 --no-anneal --entropy-coefficient 0.3 --eval-every 3",
     "learning starts late": "--learning-starts 29 --checkpoint-every 2 --total-timesteps 58 "
-    "--no-demos-in-replay",
+    "--demos-in-replay False",
 }
 
 
