@@ -5,8 +5,8 @@ al., arXiv 2406.06874: Algorithm 1 on MuJoCo robots (6.1, A.2.1). Equation numbe
 
     python aihf_sac_mujoco.py --env Hopper-v4
 
-learns to hop from 10 demonstrations and 2,000 preferences between 50-step segments in 6 to 12
-minutes on two CPU cores; prints the true return, used for nothing else; writes runs/<run_name>/.
+learns to hop from 10 demonstrations and 2,000 preferences between 50-step segments in 10 to 20
+minutes on a CPU core; prints the true return, used for nothing else; writes runs/<run_name>/.
 
 Three departures from the paper matter (README.md has all of them):
 - g1 (Lemma 5.1) is linear in r and unbounded. Here r is bounded, positive where a fall ends an
