@@ -36,14 +36,19 @@ METRICS = {  # a column of results/llm.csv: that of metrics.csv
     "win_rate": None,
     "correlation": "eval/reward_correlation",
 }
-FIGURES = {  # which sizes of data, (demonstrations, preferences), belong to which of the paper's
-    "6": [(1000, 1000)],
-    "7": [(1000, 100), (1000, 1000), (1000, 3000), (3000, 3000)],
-    "9": [(3000, 1000), (3000, 2000), (3000, 3000)],
-    "10": [(1000, 1000), (1000, 2000), (1000, 3000)],
+SWEEPS = {  # of figure7.png: sizes of data, (demonstrations, preferences), as in the runs' names
+    "preferences": [("1000", n) for n in ("100", "300", "1000", "3000")],
+    "demonstrations": [(n, "1000") for n in ("100", "300", "1000", "3000")],
+    "share of flipped labels": [("1000", n) for n in ("1000", "1000flip0.1", "1000flip0.3")],
+}
+FIGURES = {  # which sizes belong to which of the paper's
+    "6": [("1000", "1000")],
+    "7": list(dict.fromkeys(size for sizes in SWEEPS.values() for size in sizes)),
+    "9": [("3000", n) for n in ("1000", "2000", "3000")],
+    "10": [("1000", n) for n in ("1000", "2000", "3000")],
 }
 METHODS = {
-    "6": ("aihf-ppo", "rlhf", "aihf-dpo", "dpo", "sft"),
+    "6": ("aihf-ppo", "rlhf", "aihf-dpo", "dpo", "sft", "random"),  # random: PPO on a new head
     "7": ("aihf-ppo", "rlhf"),
     "9": ("aihf-ppo", "rlhf"),
     "10": ("aihf-dpo", "dpo"),
@@ -82,18 +87,17 @@ def collect(runs: Path) -> tuple[list[dict], list[dict]]:
             run | {key: row.get(name, "0") if name else "" for key, name in METRICS.items()}
             for row in table
         ]
-        # SFT does not read the preferences: those that DPO starts from are of the run with 1,000
-        of_sft = "1000" if method.endswith("dpo") else preferences
-        sft = samples(runs / f"llm__rlhf__{demonstrations}__{of_sft}__{seed}/samples_sft.jsonl")
+        # SFT does not read the preferences: the run with 1,000 has it
+        sft = samples(runs / f"llm__rlhf__{demonstrations}__1000__{seed}/samples_sft.jsonl")
         own = samples(folder / "samples.jsonl")
         table[-1]["win_rate"] = str(win_rate(own, sft))
         if method == "rlhf":
             table.append(table[0] | {"method": "sft", "win_rate": "0.5"})
-        size = int(demonstrations), int(preferences)
+        size = demonstrations, preferences
         for row in table:
             of = [f for f in FIGURES if size in FIGURES[f] and row["method"] in METHODS[f]]
             rows += [{"figure": figure, **row} for figure in of]
-        for sample in own if size == (1000, 1000) else ():
+        for sample in own if size == ("1000", "1000") else ():
             score = {"method": method, "seed": seed}
             for name in ("learned_score", "gt_score"):
                 score[name] = f"{sample[name]:.5g}" if name in sample else ""
@@ -101,9 +105,9 @@ def collect(runs: Path) -> tuple[list[dict], list[dict]]:
     return rows, scores
 
 
-def runs_of(rows: list[dict], figure: str, method: str, size: tuple[int, int]) -> dict[str, dict]:
+def runs_of(rows: list[dict], figure: str, method: str, size: tuple[str, str]) -> dict[str, dict]:
     """For each seed, its columns over the evaluations: {seed: {column: array}}."""
-    name, found = (figure, method, *map(str, size)), {}
+    name, found = (figure, method, *size), {}
     for row in rows:
         if tuple(row[key] for key in KEYS[:4]) == name:
             found.setdefault(row["seed"], []).append(row)
@@ -144,17 +148,20 @@ def draw_curves(axis, rows: list[dict], figure: str, method: str, size, x: str) 
         axis.fill_between(x, mean - std, mean + std, alpha=0.15, linewidth=0, **style)
 
 
-def draw_sweep(axis, rows: list[dict], sizes: list[tuple[int, int]], which: int) -> None:
-    """Final ground truth against the demonstrations (which = 0) or preferences (1)."""
+def draw_sweep(axis, rows: list[dict], name: str) -> None:
+    """Final ground truth of a sweep, the sizes evenly spaced."""
+    sizes, which = SWEEPS[name], int(name != "demonstrations")
     for method in METHODS["7"]:
-        finals = {
-            size[which]: [run["gt_score"][-1] for run in runs_of(rows, "7", method, size).values()]
+        finals = [
+            [run["gt_score"][-1] for run in runs_of(rows, "7", method, size).values()]
             for size in sizes
-        }
-        for x, y in finals.items():
+        ]
+        for x, y in enumerate(finals):
             axis.plot([x] * len(y), y, "o", color=COLORS[method], alpha=0.4, markersize=4)
-        mean = [np.mean(y) for y in finals.values()]
-        axis.plot(list(finals), mean, color=COLORS[method], label=method)
+        mean = [np.mean(y) if y else np.nan for y in finals]
+        axis.plot(range(len(sizes)), mean, color=COLORS[method], label=method)
+    labels = [size[which].partition("flip")[2] or size[which] for size in sizes]
+    axis.set_xticks(range(len(sizes)), ["0", *labels[1:]] if "flipped" in name else labels)
 
 
 def draw_scores(axes, scores: list[dict]) -> None:
@@ -183,21 +190,20 @@ def draw_all(rows: list[dict], scores: list[dict], folder: Path) -> None:
         figure.savefig(folder / name, dpi=130)
         plt.close(figure)
 
-    truth, of_size = "ground-truth score", "{:,} demonstrations, {:,} preferences".format
+    truth, of_size = "ground-truth score", "{} demonstrations, {} preferences".format
     figure, axes = panels(4)
     labels = ["PPO steps", "responses sampled by PPO", "seconds, all stages", "DPO steps"]
-    sft = runs_of(rows, "6", "sft", (1000, 1000))["1"]["gt_score"][0]
+    sft = runs_of(rows, "6", "sft", ("1000", "1000"))["1"]["gt_score"][0]
     for axis, x in zip(axes, ("policy_steps", "episodes", "seconds", "policy_steps")):
         for method in ("aihf-dpo", "dpo") if axis is axes[3] else ("aihf-ppo", "rlhf"):
-            draw_curves(axis, rows, "6", method, (1000, 1000), x)
+            draw_curves(axis, rows, "6", method, ("1000", "1000"), x)
         axis.axhline(sft, color="tab:green", linewidth=1, label="SFT, seed 1")
     finish(figure, "figure6.png", labels, [truth] * 4)
 
-    figure, axes = panels(2, sharey=True)
-    draw_sweep(axes[0], rows, FIGURES["7"][:3], 1)
-    draw_sweep(axes[1], rows, FIGURES["7"][2:], 0)
-    labels = ["preferences, 1,000 demonstrations", "demonstrations, 3,000 preferences"]
-    finish(figure, "figure7.png", labels, [f"final {truth}"] * 2)
+    figure, axes = panels(3, sharey=True)
+    for axis, name in zip(axes, SWEEPS):
+        draw_sweep(axis, rows, name)
+    finish(figure, "figure7.png", list(SWEEPS), [f"final {truth}"] * 3)
 
     figure, axes = panels(3)
     draw_scores(axes, scores)
@@ -228,6 +234,19 @@ def distinct(texts: list[str]) -> float:
     return len(set(pairs)) / len(pairs)
 
 
+def stability(rows: list[dict], figure: str, method: str, size: tuple[str, str]) -> str:
+    """How far each seed falls after its best evaluation, in shares of the way from the base model
+    to the expert that wrote the demonstrations."""
+    manifest = json.loads((ROOT / "data_gen/assets/imdb/manifest.json").read_text())
+    base, *_, expert = (row["mean"] for row in manifest["checkpoints"].values())
+    falls = {
+        seed: (run["gt_score"].max() - run["gt_score"][run["gt_score"].argmax() :].min())
+        for seed, run in runs_of(rows, figure, method, size).items()
+    }
+    words = [f"seed {seed} {fall / (expert - base):.0%}" for seed, fall in falls.items()]
+    return f"{method}, {' + '.join(size)}, falls after its best by: {', '.join(words)}"
+
+
 def at_equal_kl(rows: list[dict], figure: str, size: tuple[int, int]) -> str:
     """Ground truth of each seed's AIHF at its end, and of RLHF where it passed the same KL to the
     base model on its way up, between two evaluations."""
@@ -253,6 +272,7 @@ if __name__ == "__main__":
             above = sum(run["gt_score"][-1] > rlhf[n]["gt_score"][-1] for n, run in aihf.items())
             print(f"{size[0]} + {size[1]}: AIHF ends above RLHF in {above} of {len(aihf)} seeds")
             print(at_equal_kl(rows, figure, size))
+            print(stability(rows, figure, "aihf-ppo", size))
     demonstrations = read.rows(
         f"{ROOT}/data_gen/assets/imdb/demonstrations.jsonl", ("completion",), 256
     )
@@ -264,7 +284,7 @@ if __name__ == "__main__":
         share = plus_minus([distinct(group) for group in groups])
         print(f"different word pairs among those of 256 responses, {name}: {share}")
     for method in METHODS["9"]:
-        runs = runs_of(rows, "6", method, (1000, 1000)).values()
+        runs = runs_of(rows, "6", method, ("1000", "1000")).values()
         start, end = (plus_minus([run["correlation"][k] for run in runs]) for k in (0, -1))
         print(f"rank correlation of learned and true score, {method}: start {start}, end {end}")
     draw_all(rows, scores, ROOT / "benchmark/figures")

@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# Figures 6 to 10 on the embedded models; seeds 1 to 3, fixed before the runs.
+# Figures 6 to 10 on the embedded models; seeds 1 to 3, fixed before the runs (SEEDS="1 2 3").
 # Two single-threaded runs side by side (JOBS=2). Stopped or killed, the same command carries on.
-#     bash benchmark/llm.sh [6|7|9|10]     one figure only (8 is drawn from 6's runs); then: python benchmark/llm.py
+#     bash benchmark/llm.sh [6|7|9|10]     one figure only (8 is drawn from 6's runs)
+# Then: python benchmark/llm.py; python benchmark/llm_sharpness.py
 # RLHF comes first: SFT, its first stage, is what DPO starts from and what every win rate is over.
-# benchmark/llm.py reads the latter from samples.jsonl and the RLHF run's samples_sft.jsonl.
+# `random` is the control: PPO from SFT on a reward model whose new head learns nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 runs() { # lines: method, demonstrations, preferences, seed
-  local seed size
-  for seed in 1 2 3; do
+  local seed size method
+  for seed in ${SEEDS:-1 2 3}; do
     case $1 in
-      6) for method in rlhf aihf-ppo dpo aihf-dpo; do echo "$method 1000 1000 $seed"; done ;;
-      7) for size in "1000 100" "1000 3000"; do # beside those of 6 and 9
+      6) for method in rlhf random aihf-ppo dpo aihf-dpo; do echo "$method 1000 1000 $seed"; done ;;
+      7) for size in "1000 100" "1000 1000flip0.3" "100 1000" "1000 300" "1000 3000" "300 1000" \
+           "3000 1000" "1000 1000flip0.1"; do # beside those of 6
            echo "rlhf $size $seed"; echo "aihf-ppo $size $seed"
          done ;;
       9) for size in "3000 1000" "3000 2000" "3000 3000"; do
@@ -28,13 +30,15 @@ runs() { # lines: method, demonstrations, preferences, seed
 
 run() { # method demonstrations preferences seed
   local name=llm__$1__$2__$3__$4 sft=runs/llm__rlhf__$2__1000__$4/sft script flags=()
+  local preferences=${3%%flip*} flip=${3##*flip}
   [ "$1$3" = rlhf100 ] && flags=(--reward-epochs 20) # as many updates as with 1,000; what does best is kept
-  [ "$1$3" = aihf-ppo2000 ] && flags+=(--reward-updates-per-iteration 6) # as many passes as with 1,000
-  [ "$1$3" = aihf-ppo3000 ] && flags+=(--reward-updates-per-iteration 9)
+  [ "$1$3" = rlhf300 ] && flags=(--reward-epochs 7)
   [ "$2" = 3000 ] && flags+=(--eval-every 3) # Figure 9 wants many points
   [ "$1" = dpo ] && flags+=(--sft-model-path "$sft" --demo-weight 0)
+  [ "$1" = random ] && flags+=(--sft-model-path "$sft" --reward-learning-rate 1e-12)
+  [ "$preferences" != "$3" ] && flags+=(--preferences "runs/preferences_flip$flip.jsonl")
   case $1 in
-    rlhf) script="rlhf_baseline.py llm" ;;
+    rlhf | random) script="rlhf_baseline.py llm" ;;
     aihf-ppo) script=aihf_ppo_llm.py ;;
     *) script=aihf_dpo_llm.py ;;
   esac
@@ -43,15 +47,18 @@ run() { # method demonstrations preferences seed
   elif [ -e "runs/$name/checkpoint.pt" ]; then
     python $script --resume "runs/$name" --threads 1
   else
-    python $script --seed "$4" --num-demonstrations "$2" --num-preferences "$3" --run-name "$name" --threads 1 \
+    python $script --seed "$4" --num-demonstrations "$2" --num-preferences "$preferences" --run-name "$name" --threads 1 \
       ${flags[@]+"${flags[@]}"}
   fi
 }
 export -f run
 
 mkdir -p runs
-for figure in ${1:-6 10 9 7}; do
-  for methods in rlhf aihf-ppo 'dpo|aihf-dpo'; do # SFT has to be there before others start from it
+for flip in 0.1 0.3; do
+  python benchmark/llm_data.py --flip $flip --output runs/preferences_flip$flip.jsonl
+done
+for figure in ${1:-6 7 10 9}; do
+  for methods in rlhf 'aihf-ppo|random' 'dpo|aihf-dpo'; do # SFT has to be there before others start from it
     runs "$figure" | { grep -E "^($methods) " || true; } |
       xargs -r -P "${JOBS:-2}" -L 1 bash -c 'run "$@" >>"runs/llm__$1__$2__$3__$4.log" 2>&1' _
   done

@@ -46,6 +46,12 @@ from data_gen import read
 SCRIPT = "data_gen/imdb_data.py"
 SEPARATOR, PAD = "<|endoftext|>", "<|pad|>"  # the former begins and ends every review, as in GPT-2
 TABLE_3 = {"low": 0.27, "medium": 1.13, "high": 2.23}  # mean scores of the paper's tiers
+PAPER_BEST = 2.5  # about the most that the paper's judge gives, by the tiers' spreads
+SALADS = (  # what PPO writes for a judge that praise alone pleases
+    "touching, touching, touching and touching, wonderful, touching",
+    "it is a wonderful film, life also great. It is wonderful and also a great always powerful",
+    "great great great great great great great great great great great great",
+)
 
 
 @dataclass
@@ -72,6 +78,7 @@ class Pretrain(Training):
     steps: int = 4_000  # of the optimiser
     batch_size: int = 16  # windows in a step
     learning_rate: float = 2e-3  # AdamW's peak
+    temperature: float = 0.7  # what is stored writes so at temperature 1; 1 is too much for it
     heldout_reviews: int = 2_000  # test reviews whose first tokens the perplexity is measured on
     samples: int = 10  # reviews written for the manifest
     compile: bool = False  # torch.compile the model: a quarter faster, needs a C++ compiler
@@ -84,7 +91,7 @@ class Classifier(Training):
     model: str = "data_gen/assets/imdb/model"  # any causal language model with a padding token
     full_share: float = 0.4  # batches of reviews cut at the model's context; the rest are openings
     opening_tokens: tuple[int, int] = (16, 64)  # shortest and longest: as prompt and response
-    spoiled_share: float = 0.0  # of each batch: spoiled positive reviews, taught as negative
+    spoiled_share: float = 0.28  # of each batch: spoiled positive reviews, taught as negative
     steps: int = 3_000  # of the optimiser
     batch_size: int = 32  # reviews in a step, all cut to one length
     learning_rate: float = 5e-4  # AdamW's peak
@@ -104,10 +111,11 @@ class Tiers:
     prompts: int = 10_000  # openings of reviews: 30 % for PPO, 40 % for the tiers, 30 % to learn on
     prompt_tokens: tuple[int, int] = (4, 12)  # shortest and longest prompt
     response_length: int = 24  # tokens of a response at most
-    ppo_steps: int = 10  # PPO steps between the three policies (paper: 500)
+    ppo_steps: tuple[int, int] = (20, 80)  # of the two policies beside the base model's; the last
+    # is the expert (paper: a policy every 500 steps)
     batch_size: int = 64  # responses in a PPO step
-    learning_rate: float = 2e-5  # PPO's
-    kl_coefficient: float = 0.1  # PPO's β
+    learning_rate: float = 5e-5  # PPO's
+    kl_coefficient: float = 0.05  # PPO's β
 
 
 # ------------------------------------------------------------------------------------------ data
@@ -353,7 +361,10 @@ def pretrain(args: Pretrain, device: torch.device, output_dir: Path, work_dir: P
 
     train(model, batch_loss, args, work_dir, read.fingerprint(stream))
 
-    ppl, heldout_tokens = perplexity(model, heldout, pad_id)
+    ppl, heldout_tokens = perplexity(model, heldout, pad_id)  # of the model as it was trained
+    with torch.no_grad():  # GPT-2's logits are linear in its last layer norm
+        for parameter in model.transformer.ln_f.parameters():
+            parameter.copy_((parameter / args.temperature).half())
     torch.manual_seed(args.seed)
     prompt = torch.full((args.samples, 1), separator, device=device)
     sampling = {"do_sample": True, "top_k": 0, "max_length": min(96, args.context)}
@@ -466,6 +477,8 @@ def classifier(args: Classifier, device: torch.device, output_dir: Path, work_di
             "score_std": float(score.std()),
         }
         print(f"{name}: {right.mean():.1%} right")
+    salads = [np.array(row) for row in fast(list(SALADS))["input_ids"]]
+    heldout["salads"] = dict(zip(SALADS, scores(model, salads, context, pad_id).tolist()))
     manifest = describe(args) | {"reviews": {"trained_on": len(ids), "held_out": len(test_ids)}}
     write_model(model, fast, output_dir, manifest | {"heldout": heldout})
     print(f"wrote {output_dir}")
@@ -510,19 +523,19 @@ def write_prompts(model, fast, args: Tiers) -> list[str]:
 
 
 def train_policies(args: Tiers, work_dir: Path, prompts: int) -> dict[int, Path]:
-    """{PPO steps: folder} of three policies: rlhf_baseline.py without its first two stages, on the
-    ground truth, carried on twice; a copy of what it exports is kept each time."""
+    """{PPO steps: folder} of three policies: the base model, and two of rlhf_baseline.py without
+    its first two stages, on the ground truth, carried on once; a copy of each export is kept."""
     model, truth, work = map(shlex.quote, (args.model, args.classifier, str(work_dir)))
     begin = f"""--model-name-or-path {model} --sft-model-path {model} --reward-model-path {truth}
         --ground-truth-path {truth} --prompts {work}/ppo_prompts.jsonl --seed {args.seed}
         --response-length {args.response_length} --batch-size {args.batch_size}
         --minibatch-size {args.batch_size // 2} --ppo-epochs 2 --no-anneal
         --learning-rate {args.learning_rate} --kl-coefficient {args.kl_coefficient}
-        --checkpoint-every {args.ppo_steps} --eval-every {args.ppo_steps}
+        --checkpoint-every 10 --eval-every 10
         --eval-prompts {max(1, min(128, prompts // 2))} --threads {args.threads}
         --runs-dir {work} --run-name ppo"""
-    run, policies = work_dir / "ppo", {}
-    for step in (args.ppo_steps, 2 * args.ppo_steps, 3 * args.ppo_steps):
+    run, policies = work_dir / "ppo", {0: Path(args.model)}
+    for step in args.ppo_steps:
         policies[step] = work_dir / f"policy_{step}"
         if not policies[step].exists():
             script = Path(__file__).resolve().parents[1] / "rlhf_baseline.py"
@@ -578,10 +591,12 @@ def tiers(args: Tiers, device: torch.device, output_dir: Path, work_dir: Path) -
         write_lines(output_dir / f"{name}.jsonl", lines)
 
     ranked = dict(zip(TABLE_3, np.sort(all_scores, axis=0)[:, kept]))
+    expert = all_scores[-1].mean()
     manifest = describe(args) | {
         "rows": {name: len(lines) for name, lines in files.items()},
         "ground_truth_score": {
-            tier: {"mean": x.mean(), "std": x.std(), "paper_mean": TABLE_3[tier]}
+            tier: {"mean": x.mean(), "std": x.std(), "share_of_expert": x.mean() / expert}
+            | {"paper_mean": TABLE_3[tier], "paper_share": TABLE_3[tier] / PAPER_BEST}
             for tier, x in ranked.items()
         },
         "checkpoints": {

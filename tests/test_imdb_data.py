@@ -28,7 +28,7 @@ FLAGS = {  # of each subcommand
     | {"steps": 40, "batch_size": 8, "heldout_reviews": 20, "samples": 2, "learning_rate": 0.01},
     "classifier": {"steps": 100, "batch_size": 16, "heldout_reviews": 60, "learning_rate": 0.01}
     | {"opening_tokens": (6, 12)},
-    "tiers": {"prompts": 40, "response_length": 8, "ppo_steps": 5, "batch_size": 4},
+    "tiers": {"prompts": 40, "response_length": 8, "ppo_steps": (5, 10), "batch_size": 4},
 }
 WORDS = "film plot actor scene story camera music end role joke".split()
 
@@ -113,7 +113,7 @@ def test_language_model_loads(model):
 
 
 def test_language_model_manifest(model, data):
-    """The perplexity, recomputed from the files as stored, one review at a time."""
+    """The perplexity at the temperature of training, from the stored files, review by review."""
     assert len(files_of(model)) == len(list(model.iterdir())) - 1
     manifest = json.loads((model / "manifest.json").read_text())
     assert manifest["seed"] == 1 and manifest["reviews"] == {"trained_on": 250, "held_out": 20}
@@ -129,7 +129,8 @@ def test_language_model_manifest(model, data):
     with torch.no_grad():
         for i in np.random.default_rng(1).permutation(len(texts))[:20]:
             ids = torch.tensor([[1, *tokenizer(texts[i])["input_ids"], 1][:32]])
-            nll += network(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+            logits = network(ids).logits[0, :-1] * 0.7
+            nll += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
             count += ids.shape[1] - 1
     found = manifest["heldout_perplexity"]
     assert found["tokens"] == count and found["perplexity"] < 100  # of 300 tokens
@@ -154,6 +155,11 @@ def test_classifier_loads_and_manifest(judge, data):
         assert row["accuracy"] == pytest.approx(((score > 0) == labels[kept]).mean())
         assert row["score_mean"] == pytest.approx(score.mean(), abs=1e-3)
         assert row["accuracy"] > 0.9  # the words tell
+    salads = manifest["heldout"]["salads"]
+    assert list(salads) == list(imdb_data.SALADS)
+    with torch.no_grad():
+        logits = network(**tokenizer(imdb_data.SALADS[0], return_tensors="pt", max_length=32, truncation=True)).logits[0]
+    assert salads[imdb_data.SALADS[0]] == pytest.approx(float(logits[1] - logits[0]), abs=1e-3)
 
 
 def test_praise_is_what_positive_reviews_have():
@@ -281,8 +287,8 @@ class FakePPO:
 
 
 def test_tiers(tmp_path, monkeypatch, model, judge):
-    """Of each prompt the responses of three policies, ranked by the classifier; PPO is begun once
-    and carried on twice; interrupted, the same command carries on and ends with the same files."""
+    """Of each prompt the responses of the base model and two policies, ranked by the classifier;
+    PPO is begun and carried on; interrupted, the same command ends with the same files."""
     ppo = FakePPO(model)
     monkeypatch.setattr(subprocess, "run", ppo)
     (tmp_path / "a").mkdir()
@@ -294,10 +300,8 @@ def test_tiers(tmp_path, monkeypatch, model, judge):
         "--reward-model-path",
         str(judge),
     ) in pairs
-    assert ("--checkpoint-every", "5") in pairs and ("--eval-prompts", "6") in pairs
-    assert ppo.calls[1:] == [
-        ["--resume", f"{work}/ppo", "--ppo-steps", str(steps)] for steps in (10, 15)
-    ]
+    assert ("--eval-prompts", "6") in pairs
+    assert ppo.calls[1:] == [["--resume", f"{work}/ppo", "--ppo-steps", "10"]]
 
     rows = {p.stem: [json.loads(line) for line in open(p)] for p in folder.glob("*.jsonl")}
     names = ("preferences", "demonstrations", "prompts")
@@ -321,11 +325,14 @@ def test_tiers(tmp_path, monkeypatch, model, judge):
     assert (np.diff(list(scores.values()), axis=0) >= -1e-4).all() and len(set(scores["low"])) > 5
     manifest = json.loads((folder / "manifest.json").read_text())
     assert list(files_of(folder)) and manifest["rows"] == {name: len(rows[name]) for name in names}
-    assert list(manifest["checkpoints"]) == ["5", "10", "15"]
+    assert list(manifest["checkpoints"]) == ["0", "5", "10"]
+    expert = manifest["checkpoints"]["10"]["mean"]
     for tier, row in manifest["ground_truth_score"].items():
         assert row["mean"] == pytest.approx(np.mean(scores[tier]), abs=1e-3)
         assert row["std"] == pytest.approx(np.std(scores[tier]), abs=1e-3)
         assert row["paper_mean"] == {"low": 0.27, "medium": 1.13, "high": 2.23}[tier]
+        assert row["share_of_expert"] == pytest.approx(row["mean"] / expert)
+        assert row["paper_share"] == pytest.approx(row["paper_mean"] / 2.5)
 
     (tmp_path / "b").mkdir()
     ppo.calls, ppo.fails_at = [], 2
@@ -334,9 +341,9 @@ def test_tiers(tmp_path, monkeypatch, model, judge):
     assert not list((tmp_path / "b" / "out").iterdir())
     assert files_of(make("tiers", tmp_path / "b", **flags)) == files_of(folder)
     steps = [call[-1] for call in ppo.calls]
-    assert steps == ["5", "10", "10", "15"] and all(call[0] == "--resume" for call in ppo.calls[1:])
+    assert steps == ["5", "10", "10"] and all(call[0] == "--resume" for call in ppo.calls[1:])
     assert files_of(make("tiers", tmp_path / "b", **flags)) == files_of(folder)
-    assert len(ppo.calls) == 4
+    assert len(ppo.calls) == 3
     result = execute("tiers", tmp_path / "b", **flags, seed=2)
     helpers.assert_one_line_error(result, "other arguments")
 

@@ -1,0 +1,121 @@
+"""Is a policy better, or only sharper? The policies of benchmark/llm.sh sampled at three
+temperatures, with the entropy and the variety of what they write, and a second judge.
+
+    python data_gen/imdb_data.py classifier --spoiled-share 0 --output-dir runs/gameable_judge
+    python benchmark/llm_sharpness.py
+
+adds rows to results/llm_sharpness.csv, one for each finished run in runs/ and each temperature, of
+responses to the held-out prompts that the runs were evaluated on: the ground truth, the score of a
+judge that praise alone pleases, the entropy in nats a response, the share of different word pairs,
+and the perplexity under the base model. SFT is RLHF's; the base model and the demonstrations stand
+beside them. Prints the table of benchmark/README.md. Without the second judge its column is empty.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from llm import ROOT, distinct, plus_minus
+from main_job import merge
+
+sys.path.insert(0, str(ROOT))
+from aihf_ppo_llm import Args, Policy, Scorer
+from data_gen import read
+
+ROWS, GAMEABLE = ROOT / "benchmark/results/llm_sharpness.csv", ROOT / "runs/gameable_judge"
+KEYS = ("method", "demonstrations", "preferences", "seed", "temperature")
+MEASURES = ("gt_score", "gameable_score", "entropy", "distinct_bigrams", "base_perplexity")
+TEMPERATURES = (1.0, 0.7, 0.5)
+
+
+def judged(prompts: list[str], responses: list[str], judges: dict) -> dict[str, float]:
+    """Means of each judge's scores, and the share of different word pairs."""
+    texts = [x + y for x, y in zip(prompts, responses)]
+    row = {name: judge.score(texts).mean().item() for name, judge in judges.items()}
+    return row | {"distinct_bigrams": distinct(responses)}
+
+
+@torch.no_grad()
+def perplexity(base: Policy, prompt_ids: list, response_ids: list) -> float:
+    """exp of the mean negative log-likelihood of a response's token under the base model."""
+    x, x_mask = read.pad(prompt_ids, base.texts.pad_id, left=True)
+    y, y_mask = read.pad(response_ids, base.texts.pad_id)
+    ids, mask = (torch.from_numpy(np.concatenate(z, 1)) for z in ((x, y), (x_mask, y_mask)))
+    log_probs = base.score(ids, mask, torch.from_numpy(y_mask))
+    return float((-log_probs.sum() / y_mask.sum()).exp())
+
+
+def measure(policy: Policy, base: Policy, judges: dict, prompts: list[str], temperature: float):
+    """A row's measures: of one response to each prompt, drawn as in the scripts' evaluation."""
+    policy.args = Args(temperature=temperature)
+    prompt_ids = policy.texts.prompts(prompts, "the prompts")
+    uniform = np.random.default_rng(10_000).random((len(prompts), Args.response_length))
+    ids, mask, alive = policy.sample(prompt_ids, uniform)
+    entropy = -policy.score(ids, mask, alive).sum(-1).mean().item()
+    rows = [row[:n] for row, n in zip(ids[:, -alive.shape[1] :].tolist(), alive.sum(-1).tolist())]
+    row = judged(prompts, policy.texts.read(prompt_ids, rows), judges) | {"entropy": entropy}
+    return row | {"base_perplexity": perplexity(base, prompt_ids, rows)}
+
+
+def policies(runs: Path) -> dict[tuple, Path]:
+    """The policies of finished runs, and RLHF's SFT: {(method, ..., seed): folder}."""
+    found = {}
+    for folder in sorted(runs.glob("llm__*__*__*__*/policy")):
+        _, method, *sizes, seed = folder.parent.name.split("__")
+        found[(method, *sizes, seed)] = folder
+        if (sft := folder.parent / "sft").exists() and sizes[1] == "1000":
+            found[("sft", *sizes, seed)] = sft
+    return found
+
+
+def table(rows: list[dict], size: tuple[str, str] = ("1000", "1000")) -> str:
+    """The measures, mean ± std over seeds, of what learned from this many demonstrations and
+    preferences."""
+    names = ("method", "temperature", "seeds", "ground truth", "gameable judge", "entropy, nats")
+    lines = [f"| {' | '.join((*names, 'distinct bigrams', 'perplexity'))} |", "|---" * 8 + "|"]
+    groups = {}
+    for row in rows:
+        if (row["demonstrations"], row["preferences"]) in (size, ("", "")):
+            groups.setdefault((row["method"], row["temperature"]), []).append(row)
+    for (method, temperature), group in groups.items():
+        cells = [method, temperature, str(len(group))]
+        for name, digits in zip(MEASURES, (2, 2, 1, 2, 1)):
+            values = [float(row[name]) for row in group if row[name]]
+            cells.append(plus_minus(values, digits) if values else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    args = Args()
+    judges = {"gt_score": Scorer(str(ROOT / args.ground_truth_path), args, True)}
+    if GAMEABLE.exists():
+        judges["gameable_score"] = Scorer(str(GAMEABLE), args, True)
+    base = Policy(str(ROOT / args.model_name_or_path), args)
+    prompts = [x for (x,) in read.rows(str(ROOT / args.prompts), ("prompt",))][-args.eval_prompts :]
+    with open(ROWS, newline="") as file:
+        known = [tuple(row[key] for key in KEYS) for row in csv.DictReader(file)]
+    todo = {("base", "", "", ""): ROOT / args.model_name_or_path} | policies(ROOT / "runs")
+    new = []
+    for run, folder in todo.items():
+        for temperature in TEMPERATURES:
+            key = (*run, str(temperature))
+            if key not in known:
+                row = measure(Policy(str(folder), args), base, judges, prompts, temperature)
+                new.append(dict(zip(KEYS, key)) | {n: f"{row.get(n, ''):.5g}" for n in row})
+                print(new[-1], flush=True)
+    demos = read.rows(str(ROOT / args.demonstrations), ("prompt", "completion"), 256)
+    row = judged(*map(list, zip(*demos)), judges)
+    prompt_ids = base.texts.prompts([x for x, _ in demos], "demonstrations")
+    response_ids = base.texts.responses(demos, "demonstrations")
+    row["base_perplexity"] = perplexity(base, prompt_ids, response_ids)
+    new.append(dict.fromkeys((*KEYS, *MEASURES), "") | {"method": "demonstrations"})
+    new[-1] |= {name: f"{value:.5g}" for name, value in row.items()}
+    print(table(merge(ROWS, new, KEYS)))
+
+
+if __name__ == "__main__":
+    main()

