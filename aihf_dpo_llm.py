@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data_gen import read
@@ -69,7 +70,6 @@ class Args:
     preference_weight: float = 1.0  # 0 is supervised fine-tuning
     beta: float = 0.1  # β: the smaller, the further the policy may go from the reference
     sft_normalisation: Literal["token", "sequence"] = "token"  # log π(y|x): mean or sum over tokens
-    label_smoothing: float = 0.0  # share of pairs taken to be the wrong way round (Mitchell 2023)
     dpo_steps: int = 200  # Adam steps
     batch_size: int = 32  # demonstrations, and pairs, in each
     learning_rate: float = 1e-4  # Adam's
@@ -82,7 +82,9 @@ class Args:
     run_name: str = ""  # the run's folder; "": from script, seed and time
     resume: str = ""  # a run folder to carry on; its arguments, but for flags beside it
     evaluate: str = ""  # a run folder whose policy to evaluate instead of training
-    cuda: bool = True  # use GPUs when there are any, in bfloat16 with float32 weights
+    cuda: bool = True  # use GPUs when there are any
+    dtype: Literal["float32", "bfloat16"] | None = None  # of products; None: bfloat16 on GPUs
+    gradient_checkpointing: bool = False  # activations are computed anew in backward: less memory
     threads: int = 2  # CPU threads of torch, of each process
     track: bool = False  # log to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY ...)
 
@@ -100,16 +102,14 @@ PRESETS = {  # flags that come before the user's own; what Table 2 leaves open i
         --eval-every 100 --checkpoint-every 100""",
 }
 SCRIPT = "aihf_dpo_llm.py"
-MAY_BE_ZERO = """seed num_demonstrations num_preferences demo_weight preference_weight
-    label_smoothing"""
+MAY_BE_ZERO = "seed num_demonstrations num_preferences demo_weight preference_weight"
 
 
 def aihf_dpo_loss(log_demos: Tensor, lengths: Tensor, r_chosen: Tensor, r_rejected: Tensor, args):
     """Minus (13), summed over rows: of demonstrations log π(y|x) and the length, of pairs both
     sides' r = β log π/π⁰; all (rows,), empty where the weight is 0."""
     log_likelihoods = log_demos / lengths if args.sft_normalisation == "token" else log_demos
-    z, smoothing = r_chosen - r_rejected, args.label_smoothing
-    log_sigmoids = (1 - smoothing) * F.logsigmoid(z) + smoothing * F.logsigmoid(-z)
+    log_sigmoids = F.logsigmoid(r_chosen - r_rejected)
     return -args.demo_weight * log_likelihoods.sum() - args.preference_weight * log_sigmoids.sum()
 
 
@@ -122,10 +122,8 @@ def main() -> None:
         policy, reference = Policy(initial, args), Policy(initial, args)  # π, π⁰
         base = Policy(args.model_name_or_path, args) if args.sft_model_path else reference
         if base.vocabulary != policy.vocabulary:
-            raise ValueError(
-                "--model-name-or-path and --sft-model-path have different vocabularies"
-            )
-        judge = load_judge(args.ground_truth_path, device) if args.ground_truth_path else None
+            raise ValueError("--model-name-or-path and --sft-model-path differ in vocabulary")
+        judge = load_judge(args.ground_truth_path, args, device) if args.ground_truth_path else None
 
         # D and P in token ids: of each demonstration ((x, y),), of each pair both sides
         demos, pairs = [], []
@@ -147,7 +145,7 @@ def main() -> None:
             policy.lm.load_state_dict(state["policy"])
         for module in dict.fromkeys([policy, reference, base]):
             shard(module.to(device))
-        optimizer = torch.optim.Adam(policy.parameters())
+        optimizer = torch.optim.Adam(policy.parameters(), fused=True)
         if state:
             load_optimizer(optimizer, state["optimizer"])
         log, start = state.get("log", []), state.get("start", {})  # of metrics.csv; first scores
@@ -227,7 +225,7 @@ def main() -> None:
 
 # ------------------------------------------------------------------------------------- models
 # Every pass of a policy goes through its forward, which FSDP2 watches.
-def load(kind: str, name: str):
+def load(kind: str, name: str, args: Args):
     """A float32 model of a transformers Auto class and its tokenizer; no remote code is run."""
     if read.is_local(name) and not Path(name).exists():
         raise ValueError(f"there is no model {name}")
@@ -239,7 +237,14 @@ def load(kind: str, name: str):
     read.special_tokens(tokenizer)  # raises ValueError if there is no tokenizer
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise ValueError(f"the tokenizer of {name} has more tokens than its model")
+    for block in blocks(model) if args.gradient_checkpointing else ():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return model.float(), tokenizer
+
+
+def blocks(module: nn.Module) -> nn.ModuleList:
+    """A transformer's layers: its longest list of modules."""
+    return max((x for x in module.modules() if isinstance(x, nn.ModuleList)), key=len)
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -252,7 +257,7 @@ class Policy(nn.Module):
 
     def __init__(self, name: str, args: Args):
         super().__init__()
-        self.lm, self.tokenizer = load("AutoModelForCausalLM", name)
+        self.lm, self.tokenizer = load("AutoModelForCausalLM", name, args)
         self.texts = read.Texts(self.tokenizer, args.max_prompt_length, args.response_length)
         self.args, self.vocabulary = args, self.tokenizer.get_vocab()
         names = inspect.signature(self.lm.forward).parameters
@@ -278,7 +283,7 @@ class Policy(nn.Module):
         of ids (rows, tokens) and of the mask (rows, ·) of these and of what is cached."""
         inputs = {"input_ids": ids, "position_ids": positions(mask)[:, -ids.shape[1] :]}
         inputs |= {self.cache: cache, "use_cache": keep, "logits_to_keep": length}
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+        with torch.autocast(ids.device.type, torch.bfloat16, self.args.dtype == "bfloat16"):
             out = self.lm(attention_mask=mask, **inputs)
         return out.logits[:, -length:].float(), out.get(self.cache)
 
@@ -324,9 +329,9 @@ class Policy(nn.Module):
         return [row[:length] for row, length in zip(responses, lengths)]
 
 
-def load_judge(name: str, device: torch.device):
+def load_judge(name: str, args: Args, device: torch.device):
     """The ground truth, a sequence classifier, and its tokenizer, which keeps the end of a text."""
-    model, tokenizer = load("AutoModelForSequenceClassification", name)
+    model, tokenizer = load("AutoModelForSequenceClassification", name, args)
     if model.config.num_labels > 2:
         raise ValueError(f"{name} has more than two outputs: it is no reward model")
     model.config.pad_token_id = None  # texts come one by one, none is padded
@@ -347,6 +352,7 @@ def start_processes(args: Args) -> tuple[torch.device, int, int]:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if count > 1:
         if device.type == "cuda":
@@ -376,11 +382,9 @@ def gather(x: Tensor) -> Tensor:
 def shard(module: nn.Module) -> None:
     """Share out the parameters, block by block; each is gathered whole where it is used."""
     if dist.is_initialized():
-        mesh = dist.init_device_mesh(
-            next(module.parameters()).device.type, (dist.get_world_size(),)
-        )
-        blocks = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
-        for part in (*max(blocks, key=len), module):
+        device_type = next(module.parameters()).device.type
+        mesh = dist.init_device_mesh(device_type, (dist.get_world_size(),))
+        for part in (*blocks(module), module):
             fully_shard(part, mesh=mesh)
             part.set_force_sum_reduction_for_comms(True)
             part.set_gradient_divide_factor(1.0)
@@ -470,8 +474,6 @@ def parse_args() -> tuple[Args, dict]:
     read.check_numbers(args, MAY_BE_ZERO)
     if args.demo_weight == args.preference_weight == 0:
         raise ValueError("--demo-weight and --preference-weight are 0: there is nothing to learn")
-    if args.label_smoothing > 0.5:
-        raise ValueError("--label-smoothing must be at most 0.5")
     args.run_name = args.run_name or f"llm__{SCRIPT[:-3]}__{args.seed}__{time.time_ns()}"
     return args, state
 

@@ -29,6 +29,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -44,6 +45,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call, grad_and_value
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data_gen import read
@@ -645,7 +647,9 @@ class LlmArgs:
     run_name: str = ""  # the run's folder; "": from script, seed and time
     resume: str = ""  # a run folder to carry on, with its arguments but for flags given beside it
     evaluate: str = ""  # a run folder whose policy to evaluate instead of training
-    cuda: bool = True  # use GPUs when there are any, in bfloat16 with float32 weights
+    cuda: bool = True  # use GPUs when there are any
+    dtype: Literal["float32", "bfloat16"] | None = None  # of products; None: bfloat16 on GPUs
+    gradient_checkpointing: bool = False  # activations are computed anew in backward: less memory
     threads: int = 2  # CPU threads of torch, of each process
     track: bool = False  # log to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY ...)
 
@@ -666,7 +670,6 @@ PRESETS = {  # flags that come before the user's own; what Table 2 leaves open i
         --learning-rate 1e-6 --value-learning-rate 1e-6 --batch-size 4 --minibatch-size 4
         --micro-batch-size 4 --ppo-steps 6000 --eval-every 500 --checkpoint-every 500""",
 }
-SHOWN = 3  # responses on screen after each evaluation
 HELD_OUT = ("held_out_loss", "chosen", "rejected", "margins", "accuracies")  # in stages 1 and 2
 
 
@@ -783,7 +786,8 @@ def llm(args: LlmArgs, state: dict) -> None:
         for module in (*modules.values(), base):
             shard(module.to(device))
         learned = {"sft": policy, "rewards": reward, "policy": policy, "value": value}
-        optimizers = {name: torch.optim.Adam(part.parameters()) for name, part in learned.items()}
+        adam = partial(torch.optim.Adam, fused=True)
+        optimizers = {name: adam(part.parameters()) for name, part in learned.items()}
         for name in optimizers if state else ():
             load_optimizer(optimizers[name], state[f"{name}_optimizer"])
         log = state.get("log", [])  # rows of metrics.csv
@@ -794,8 +798,8 @@ def llm(args: LlmArgs, state: dict) -> None:
             run_dir = read.open_run(args, f"{SCRIPT} llm", rank == 0)
 
     models = policy, reference, base, reward, judge.to(device) if judge else None
-    held_out_prompts, start_truth = (prompts[-n:], prompt_ids[-n:]), state.get("start_truth")
-    evaluation = Evaluation(models, held_out_prompts, start_truth, args, run_dir)
+    held_out_prompts, start = (prompts[-n:], prompt_ids[-n:]), state.get("start", {})
+    evaluation = partial(evaluate_responses, models, held_out_prompts, start, args, run_dir)
     if args.evaluate:
         return evaluation(log[-1]["charts/step"])
 
@@ -808,7 +812,7 @@ def llm(args: LlmArgs, state: dict) -> None:
 
     def save_checkpoint() -> None:
         state = {"script": f"{SCRIPT} llm", "args": asdict(args), "data_hash": data_hash}
-        state |= {"log": log, "start_truth": evaluation.start_truth}
+        state |= {"log": log, "start": start}
         state |= {name: whole(module.state_dict()) for name, module in modules.items()}
         state |= {f"{name}_optimizer": whole(x.state_dict()) for name, x in optimizers.items()}
         if rank == 0:
@@ -955,7 +959,7 @@ def llm(args: LlmArgs, state: dict) -> None:
 # ----------------------------------------------------------------------------------------- models
 # Every pass of a model goes through its forward, which FSDP2 watches. Dropout is off: models stay
 # in evaluation mode, as from_pretrained returns them.
-def load(kind: str, name: str, new_head: bool = False, **kwargs):
+def load(kind: str, name: str, args: LlmArgs, new_head: bool = False, **kwargs):
     """A float32 model of a transformers Auto class and its tokenizer; no remote code is run.
     ValueError for a folder that is not there or lacks a tokenizer or weights, but for a new head's.
     """
@@ -969,7 +973,14 @@ def load(kind: str, name: str, new_head: bool = False, **kwargs):
         raise ValueError(f"the model {name} lacks {', '.join(missing)[:100]}")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise ValueError(f"the tokenizer of {name} has more tokens than its model")
+    for block in blocks(model) if args.gradient_checkpointing else ():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return model.float(), tokenizer
+
+
+def blocks(module: nn.Module) -> nn.ModuleList:
+    """A transformer's layers: its longest list of modules."""
+    return max((x for x in module.modules() if isinstance(x, nn.ModuleList)), key=len)
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -982,7 +993,7 @@ class Policy(nn.Module):
 
     def __init__(self, name: str, args: LlmArgs):
         super().__init__()
-        self.lm, self.tokenizer = load("AutoModelForCausalLM", name)
+        self.lm, self.tokenizer = load("AutoModelForCausalLM", name, args)
         self.texts = read.Texts(self.tokenizer, args.max_prompt_length, args.response_length)
         self.args, self.vocabulary = args, self.tokenizer.get_vocab()
         names = inspect.signature(self.lm.forward).parameters
@@ -996,7 +1007,7 @@ class Policy(nn.Module):
         of ids (rows, tokens) and of the mask (rows, ·) of these and of what is cached."""
         inputs = {"input_ids": ids, "position_ids": positions(mask)[:, -ids.shape[1] :]}
         inputs |= {self.cache: cache, "use_cache": keep, "logits_to_keep": length}
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+        with torch.autocast(ids.device.type, torch.bfloat16, self.args.dtype == "bfloat16"):
             out = self.lm(attention_mask=mask, **inputs)
         return out.logits[:, -length:].float(), out.get(self.cache)
 
@@ -1055,7 +1066,8 @@ class Scorer(nn.Module):
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         has_head = any("SequenceClassification" in kind for kind in config.architectures or ())
         kwargs = {} if has_head else {"new_head": True, "num_labels": 1}
-        self.model, self.tokenizer = load("AutoModelForSequenceClassification", name, **kwargs)
+        kind = "AutoModelForSequenceClassification"
+        self.model, self.tokenizer = load(kind, name, args, **kwargs)
         if trained and not has_head or self.model.config.num_labels > 2:
             raise ValueError(f"{name} has no trained head of one or two outputs: no reward model")
         self.args, self.vocabulary = args, self.tokenizer.get_vocab()
@@ -1071,7 +1083,7 @@ class Scorer(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Scores (rows, tokens), float32, of ids and mask (rows, tokens)."""
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+        with torch.autocast(ids.device.type, torch.bfloat16, self.args.dtype == "bfloat16"):
             if self.is_decoder:
                 inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
                 logits = self.model.score(self.model.base_model(**inputs, use_cache=False)[0])
@@ -1119,6 +1131,7 @@ def start_processes(args: LlmArgs) -> tuple[torch.device, int, int]:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if count > 1:
         if device.type == "cuda":
@@ -1161,11 +1174,9 @@ def total(x: Tensor) -> Tensor:
 def shard(module: nn.Module) -> None:
     """Share out the parameters, block by block; each is gathered whole where it is used."""
     if dist.is_initialized():
-        mesh = dist.init_device_mesh(
-            next(module.parameters()).device.type, (dist.get_world_size(),)
-        )
-        blocks = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
-        for part in (*max(blocks, key=len), module):
+        device_type = next(module.parameters()).device.type
+        mesh = dist.init_device_mesh(device_type, (dist.get_world_size(),))
+        for part in (*blocks(module), module):
             fully_shard(part, mesh=mesh)
             part.set_force_sum_reduction_for_comms(True)
             part.set_gradient_divide_factor(1.0)
@@ -1187,55 +1198,42 @@ def load_optimizer(optimizer, state: dict) -> None:
 
 
 # ------------------------------------------------------------------------------ evaluate and save
-class Evaluation:
-    """The only reader of the ground truth: what the policy answers to held-out prompts."""
-
-    def __init__(self, models, held_out, start_truth, args: LlmArgs, run_dir: Path):
-        self.policy, self.reference, self.base, self.reward, self.judge = models
-        self.prompts, self.prompt_ids = held_out
-        self.start_truth = start_truth  # of the responses before the first step
-        self.args, self.run_dir = args, run_dir
-
-    def __call__(self, step: int) -> dict[str, float]:
-        """Means over the prompts; prints them and a few responses, writes samples.jsonl."""
-        generator = np.random.default_rng(10_000)
-        uniform = generator.random((len(self.prompts), self.args.response_length))
-        ids, mask, alive = self.policy.sample(share(self.prompt_ids), share(uniform))
-        log_probs, scores = self.policy.score(ids, mask, alive), {}
-        for name, other in (("kl", self.reference), ("kl_base", self.base)):
-            scores[name] = (log_probs - other.score(ids, mask, alive)).sum(-1)
-        scores["response_length"] = alive.sum(-1).float()
-        responses = self.policy.texts.read(self.prompt_ids, response_rows(ids, alive))
-        texts = share([x + y for x, y in zip(self.prompts, responses)])
-        scores["learned_score"] = self.reward.score(texts)
-        if self.judge:
-            scores["gt_score"] = self.judge.score(texts)
-        scores = {name: gather(x).cpu() for name, x in scores.items()}
-        row = {f"eval/{name}": x.mean().item() for name, x in scores.items()}
-        if self.judge:
-            truth, learned = scores["gt_score"], scores["learned_score"]
-            start = self.start_truth = truth if self.start_truth is None else self.start_truth
-            row["eval/gt_score_std"] = truth.std().item()
-            row["eval/win_rate"] = ((truth > start).float() + 0.5 * (truth == start)).mean().item()
-            ranks = torch.stack([learned, truth]).argsort().argsort().double()
-            row["eval/reward_correlation"] = torch.corrcoef(ranks)[
-                0, 1
-            ].item()  # Spearman's, ties in order
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            columns = {"prompt": self.prompts, "response": responses}
-            columns |= {name: x.tolist() for name, x in scores.items()}
-            samples = [dict(zip(columns, values)) for values in zip(*columns.values())]
-            tqdm.write(f"after {step} steps: {summary(row)}")
-            for sample in samples[:SHOWN]:
-                score = sample.get("gt_score", sample["learned_score"])
-                text = " ".join(f"{sample['prompt'][-60:]} >> {sample['response']}".split())
-                tqdm.write(f"  {score:6.2f} | {text[:160]}")
-            lines = "".join(json.dumps(sample) + "\n" for sample in samples)
-            if not self.args.evaluate:
-                read.write_whole(
-                    self.run_dir / "samples.jsonl", lambda path: path.write_text(lines)
-                )
-        return row
+def evaluate_responses(models, held_out, start, args: LlmArgs, run_dir: Path, step: int) -> dict:
+    """Means over held-out prompts, printed with samples: the only reader of the ground truth."""
+    (policy, reference, base, reward, judge), (prompts, prompt_ids) = models, held_out
+    uniform = np.random.default_rng(10_000).random((len(prompts), args.response_length))
+    ids, mask, alive = policy.sample(share(prompt_ids), share(uniform))
+    log_probs, scores = policy.score(ids, mask, alive), {}
+    for name, other in (("kl", reference), ("kl_base", base)):
+        scores[name] = (log_probs - other.score(ids, mask, alive)).sum(-1)
+    scores["response_length"] = alive.sum(-1).float()
+    responses = policy.texts.read(prompt_ids, response_rows(ids, alive))
+    texts = share([x + y for x, y in zip(prompts, responses)])
+    scores["learned_score"] = reward.score(texts)
+    if judge:
+        scores["gt_score"] = judge.score(texts)
+    scores = {name: gather(x).cpu() for name, x in scores.items()}
+    row = {f"eval/{name}": x.mean().item() for name, x in scores.items()}
+    if judge:
+        truth, learned = scores["gt_score"], scores["learned_score"]
+        before = start.setdefault("gt_score", truth)
+        row["eval/gt_score_std"] = truth.std().item()
+        row["eval/win_rate"] = ((truth > before).float() + 0.5 * (truth == before)).mean().item()
+        ranks = torch.stack([learned, truth]).argsort().argsort().double()
+        row["eval/reward_correlation"] = torch.corrcoef(ranks)[0, 1].item()  # Spearman's
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        columns = {"prompt": prompts, "response": responses}
+        columns |= {name: x.tolist() for name, x in scores.items()}
+        samples = [dict(zip(columns, values)) for values in zip(*columns.values())]
+        tqdm.write(f"after {step} steps: {summary(row)}")
+        for sample in samples[:3]:
+            text = " ".join(f"{sample['prompt'][-60:]} >> {sample['response']}".split())
+            score = sample.get("gt_score", sample["learned_score"])
+            tqdm.write(f"  {score:6.2f} | {text[:160]}")
+        lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+        if not args.evaluate:
+            read.write_whole(run_dir / "samples.jsonl", lambda path: path.write_text(lines))
+    return row
 
 
 def summary(row: dict[str, float]) -> str:

@@ -158,7 +158,9 @@ def test_classifier_loads_and_manifest(judge, data):
     salads = manifest["heldout"]["salads"]
     assert list(salads) == list(imdb_data.SALADS)
     with torch.no_grad():
-        logits = network(**tokenizer(imdb_data.SALADS[0], return_tensors="pt", max_length=32, truncation=True)).logits[0]
+        logits = network(
+            **tokenizer(imdb_data.SALADS[0], return_tensors="pt", max_length=32, truncation=True)
+        ).logits[0]
     assert salads[imdb_data.SALADS[0]] == pytest.approx(float(logits[1] - logits[0]), abs=1e-3)
 
 

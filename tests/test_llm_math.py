@@ -466,11 +466,11 @@ def test_the_penalty_bounds_what_g1_wants(script):
 
 
 @pytest.mark.parametrize("normalisation", ["token", "sequence"])
-@pytest.mark.parametrize("alpha, weight, smoothing", [(0.7, 1.3, 0.1), (1, 1, 0)])
+@pytest.mark.parametrize("alpha, weight", [(0.7, 1.3), (1, 1)])
 @having("aihf_dpo_loss")
-def test_the_dpo_loss_is_13(script, normalisation, alpha, weight, smoothing):
+def test_the_dpo_loss_is_13(script, normalisation, alpha, weight):
     """Value and gradient of a sum over rows."""
-    args = {"demo_weight": alpha, "preference_weight": weight, "label_smoothing": smoothing}
+    args = {"demo_weight": alpha, "preference_weight": weight}
     args, logs = arguments(script, sft_normalisation=normalisation, **args), random(3, 4)
     lengths = torch.tensor([5, 1, 9, 2])
     logs.requires_grad_()
@@ -479,11 +479,8 @@ def test_the_dpo_loss_is_13(script, normalisation, alpha, weight, smoothing):
     for (demo, chosen, rejected), length in zip(logs.T.tolist(), lengths.tolist()):
         length = length if normalisation == "token" else 1
         right = 1 / (1 + math.exp(rejected - chosen))
-        value -= alpha * demo / length
-        value -= weight * (1 - smoothing) * math.log(right) + weight * smoothing * math.log(
-            1 - right
-        )
-        slope = weight * ((1 - smoothing) * (1 - right) - smoothing * right)
+        value -= alpha * demo / length + weight * math.log(right)
+        slope = weight * (1 - right)
         slopes.append([-alpha / length, -slope, slope])
     assert loss.item() == pytest.approx(value, abs=1e-12)
     torch.testing.assert_close(logs.grad.T, torch.tensor(slopes).double())
@@ -933,7 +930,7 @@ def test_aihf_is_algorithm_1(tmp_path, world, changes):
 DPO_FLAGS = settings("""
     seed 8  num_demonstrations 9  num_preferences 7  max_prompt_length 6  response_length 5
     micro_batch_size 2  max_grad_norm 0.5  demo_weight 0.7  preference_weight 1.3  beta 0.3
-    sft_normalisation token  label_smoothing 0.1  dpo_steps 4  batch_size 5  learning_rate 0.02
+    sft_normalisation token  dpo_steps 4  batch_size 5  learning_rate 0.02
     eval_prompts 4  eval_every 3  checkpoint_every 3
 """)
 
@@ -941,7 +938,7 @@ DPO_FLAGS = settings("""
 def reference_dpo(world: Path, flags: dict, anneal: bool) -> tuple[dict, list]:
     """The networks and the log after it."""
     nets, words = load_reference(world, flags), Words(flags)
-    policy, beta, epsilon = nets["policy"], flags["beta"], flags["label_smoothing"]
+    policy, beta = nets["policy"], flags["beta"]
     demos = read_lines(world / "demonstrations.jsonl")[: flags["num_demonstrations"]]
     pairs = read_lines(world / "preferences.jsonl")[: flags["num_preferences"]]
     held_out = [x for (x,) in read_lines(world / "prompts.jsonl")][-flags["eval_prompts"] :]
@@ -971,8 +968,7 @@ def reference_dpo(world: Path, flags: dict, anneal: bool) -> tuple[dict, list]:
                     row[f"rewards/{name}"] = beta * (row[f"logps/{name}"] - reference)
                 margin = row["rewards/chosen"] - row["rewards/rejected"]
                 row["rewards/margins"], row["rewards/accuracies"] = margin, (margin > 0).double()
-                prefer = (1 - epsilon) * log_sigmoid(margin) + epsilon * log_sigmoid(-margin)
-                row["losses/total"] = row["losses/total"] - weight * prefer
+                row["losses/total"] = row["losses/total"] - weight * log_sigmoid(margin)
             rows.append(row)
         means = {name: sum(row[name] for row in rows) / size for name in rows[0]}
         rate = flags["learning_rate"] * (1 - step / flags["dpo_steps"] if anneal else 1)
@@ -989,7 +985,7 @@ def reference_dpo(world: Path, flags: dict, anneal: bool) -> tuple[dict, list]:
 DPO_RUNS = {
     "dpo": {},
     "sequence": {"sft_normalisation": "sequence", "append_eos": True, "dpo_steps": 2},
-    "no demonstrations": {"demo_weight": 0, "label_smoothing": 0, "dpo_steps": 2},
+    "no demonstrations": {"demo_weight": 0, "dpo_steps": 2},
     "no preferences": {"preference_weight": 0, "dpo_steps": 2},
 }
 

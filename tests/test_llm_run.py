@@ -21,6 +21,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers import (
+    CLOCK,
     ROOT,
     assert_one_line_error,
     assert_same_run,
@@ -80,7 +81,7 @@ SCRIPTS = {
         --preference-weight 1.3 --append-eos""",
         "",
         (2,),
-        "seed num_demonstrations num_preferences demo_weight preference_weight label_smoothing",
+        "seed num_demonstrations num_preferences demo_weight preference_weight",
         {"policy"},
     ),
     "rlhf": Script(
@@ -677,7 +678,7 @@ def test_other_models(tmp_path, script, world):
     options = of(
         script,
         ppo="--policy-optimizer remax --demo-loss logistic --reward-model-path NEOX",
-        dpo="--sft-normalisation sequence --label-smoothing 0.1 --no-append-eos",
+        dpo="--sft-normalisation sequence --no-append-eos",
         rlhf="--append-eos --reward-model-path NEOX",
     )
     flags = options.replace("NEOX", str(world / "neox")).split()
@@ -685,6 +686,42 @@ def test_other_models(tmp_path, script, world):
     for name in ("demonstrations", "preferences", "prompts"):
         flags += [f"--{name}", tmp_path / f"{name}.jsonl"]
     assert float(metrics(run(script, tmp_path, world, *flags))[-1]["eval/kl"]) != 0
+
+
+def test_activations_computed_anew_change_nothing(tmp_path, script, world, plain):
+    """Blocks run again in backward, and only there; every number stays the same."""
+    calls, block = [], transformers.models.gpt2.modeling_gpt2.GPT2Block.forward
+
+    def counted(self, *args, **kwargs):
+        calls.append(torch.is_grad_enabled())
+        return block(self, *args, **kwargs)
+
+    with mock.patch.object(transformers.models.gpt2.modeling_gpt2.GPT2Block, "forward", counted):
+        run(script, tmp_path, world, "--runs-dir", "other")
+        without, calls[:] = list(calls), []
+        folder = run(script, tmp_path, world, "--gradient-checkpointing")
+    assert sum(calls) == 2 * sum(without) > 0 and calls.count(False) == without.count(False)
+    for own, other in zip(metrics(folder), metrics(plain), strict=True):
+        for name in set(own) - set(CLOCK):
+            assert own[name] == pytest.approx(other[name]) or float(own[name]) == pytest.approx(
+                float(other[name]), rel=1e-4, abs=1e-6
+            )
+
+
+def test_bfloat16_is_near_float32(tmp_path, script, world):
+    """Products are rounded to three digits; weights and what leaves a model are float32."""
+    state = load(run(script, tmp_path, world, "--dtype", "bfloat16"))
+    for name in {"policy", "reward"} & set(state):
+        assert all(x.dtype == torch.float32 for x in state[name].values() if x.is_floating_point())
+    kind, found = getattr(script.module, "LlmArgs", getattr(script.module, "Args", None)), {}
+    rows = torch.randint(3, 250, (4, 12), generator=torch.manual_seed(1))
+    for dtype in ("float32", "bfloat16"):
+        policy = script.module.Policy(str(world / "gpt2"), kind(dtype=dtype, response_length=6))
+        with torch.no_grad():
+            found[dtype] = policy(rows, torch.ones_like(rows), 12)[0].log_softmax(-1)
+    assert found["bfloat16"].dtype == torch.float32
+    error = (found["bfloat16"] - found["float32"]).abs().max()
+    assert 1e-4 < error < 0.2 < found["float32"].std()
 
 
 def test_exported_models_are_what_was_learned(tmp_path, script, world, plain):
@@ -820,7 +857,6 @@ BAD_PPO = {  # of the scripts that have these flags
     "minibatches": (["--minibatch-size", 3], "--batch-size must be a multiple"),
     "gamma": (["--gamma", 1.5], "--gamma"),
     "no reward model": (["--reward-model-path", "./nowhere"], "./nowhere"),
-    "label smoothing": (["--label-smoothing", 0.6], "--label-smoothing"),
 }
 
 
