@@ -218,6 +218,49 @@ def test_language_models_win_rate_is_over_sft(tmp_path):
         llm.win_rate([{"prompt": "a", "gt_score": 1}], [{"prompt": "b", "gt_score": 1}])
 
 
+def test_flipped_texts():
+    import llm_data
+
+    rows = [(f"p{i}", f"a{i}", f"b{i}") for i in range(2000)]
+    flipped = {}
+    for share in (0.1, 0.3):
+        found = llm_data.flip_some(rows, share, 1)
+        assert [row["prompt"] for row in found] == [x for x, _, _ in rows]
+        assert all(
+            {row["chosen"], row["rejected"]} == {a, b} for row, (_, a, b) in zip(found, rows)
+        )
+        flipped[share] = {i for i, row in enumerate(found) if row["chosen"][0] == "b"}
+        assert len(flipped[share]) / 2000 == pytest.approx(share, abs=0.03)
+    assert flipped[0.1] < flipped[0.3]
+
+
+def test_a_sharper_policy_has_less_entropy():
+    """The measures of the base model at two temperatures, its perplexity from transformers' own
+    loss."""
+    import llm_sharpness
+    import torch
+
+    args = llm_sharpness.Args()
+    base = llm_sharpness.Policy(str(ROOT / args.model_name_or_path), args)
+    judge = llm_sharpness.Scorer(str(ROOT / args.ground_truth_path), args, True)
+    prompts = ["This film is", "I saw it and", "The plot", "Her acting was"] * 8
+    rows = {
+        t: llm_sharpness.measure(base, base, {"gt_score": judge}, prompts, t) for t in (1.0, 0.5)
+    }
+    assert rows[0.5]["entropy"] < 0.7 * rows[1.0]["entropy"]
+    assert rows[0.5]["base_perplexity"] < rows[1.0]["base_perplexity"]
+    assert rows[0.5]["distinct_bigrams"] < rows[1.0]["distinct_bigrams"] <= 1
+    assert rows[1.0]["gt_score"] != rows[0.5]["gt_score"]
+
+    base.args = args
+    x, y = base.texts.ids(["This film", " is the best of the year."], "")
+    logits = base.lm(torch.tensor([x + y])).logits[0, len(x) - 1 : -1]
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(y))
+    found = llm_sharpness.perplexity(base, [x, x[:1]], [y, y])
+    alone = llm_sharpness.perplexity(base, [x], [y])
+    assert alone == pytest.approx(loss.exp().item(), rel=1e-4) and found != alone
+
+
 def test_committed_results_give_the_tables_of_the_readme(tmp_path):
     import llm
     import main_job
