@@ -14,9 +14,13 @@ settings; `torchrun --nproc-per-node 2 aihf_ppo_llm.py` shards the models over p
 Three departures from the paper matter (README.md has all of them):
 - g1 (Lemma 5.1) is linear in R and unbounded. It comes with λ (R(τ)² + R(τ')²), under which the
   best R for g1 alone is (p_E - p_π) / (2λ (p_E + p_π)): Lemma 5.1's direction, within ±1/(2λ).
-- α is 0.01: g1 is much less noisy than g2, with 1 it drowns g2, and the policy only imitates.
+- Preferences weigh 3 and demonstrations α = 1: with 1 the policy comes to the level of the
+  demonstrations and rests there, with 10 it runs past what a thousand preferences can tell.
 - g1's responses are those of the ten latest policies, lest the reward forget. The reward learns
   before the policy, and is then shifted, so that a critic fitted to scores around 0 stays valid.
+
+`reward/gap` shows whether it goes well: it begins large and stays near 0 once the policy is as good
+as the demonstrations. Far below 0 the reward pays for what no demonstration has.
 """
 
 import copy
@@ -70,11 +74,11 @@ class Args:
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
 
     # Upper level: the reward
-    demo_weight: float = 0.01  # α of (8a), which the paper does not give; 0: RLHF's reward learning
-    preference_weight: float = 1.0  # 0 is maximum-likelihood inverse reinforcement learning
+    demo_weight: float = 1.0  # α of (8a), which the paper does not give; 0: RLHF's reward learning
+    preference_weight: float = 3.0  # of (11); 0: inverse reinforcement learning (paper: 1)
     demo_loss: Literal["linear", "logistic"] = "linear"  # g1: Lemma 5.1, or log σ (authors' code)
     response_memory: int = 10  # latest policies whose responses g1 sees (Lemma 5.1: 1)
-    reward_penalty: float = 1.0  # λ, weight of R² in the demonstration term (paper: none)
+    reward_penalty: float = 0.3  # λ, weight of R² in the demonstration term (paper: none)
     reward_updates_per_iteration: int = 3  # Adam steps on the reward (paper: 12, for 20 PPO steps)
     reward_batch_size: int = 32  # demonstrations, and responses, and pairs, in each (paper: 128)
     reward_learning_rate: float = 1e-3  # Adam's (paper: 1e-5, for GPT-2)
@@ -111,7 +115,7 @@ class Args:
 
 PRESETS = {  # flags that come before the user's own; what Table 2 leaves open is as in trl
     "imdb": """--model-name-or-path gpt2 --ground-truth-path lvwerra/distilbert-imdb
-        --num-demonstrations 0 --num-preferences 0 --demo-weight 1 --reward-learning-rate 1e-5
+        --num-demonstrations 0 --num-preferences 0 --preference-weight 1 --reward-learning-rate 1e-5
         --reward-batch-size 128 --reward-updates-per-iteration 12 --policy-steps-per-iteration 20
         --kl-coefficient 0.05 --learning-rate 1.41e-5 --value-learning-rate 1.41e-5
         --batch-size 256 --minibatch-size 64 --ppo-epochs 4 --ppo-steps 1000""",
@@ -120,10 +124,11 @@ PRESETS = {  # flags that come before the user's own; what Table 2 leaves open i
         --ground-truth-path= --demonstrations runs/hh_data/demonstrations.jsonl
         --preferences runs/hh_data/preferences.jsonl --prompts runs/hh_data/prompts.jsonl
         --num-demonstrations 0 --num-preferences 0 --max-prompt-length 512 --response-length 128
-        --missing-eos-penalty 1 --demo-weight 1 --reward-learning-rate 1e-5 --reward-batch-size 8
-        --reward-updates-per-iteration 20 --policy-steps-per-iteration 6000 --kl-coefficient 0.05
-        --learning-rate 1e-6 --value-learning-rate 1e-6 --batch-size 4 --minibatch-size 4
-        --micro-batch-size 4 --ppo-steps 24000 --eval-every 500 --checkpoint-every 500""",
+        --missing-eos-penalty 1 --preference-weight 1 --reward-learning-rate 1e-5
+        --reward-batch-size 8 --reward-updates-per-iteration 20 --policy-steps-per-iteration 6000
+        --kl-coefficient 0.05 --learning-rate 1e-6 --value-learning-rate 1e-6 --batch-size 4
+        --minibatch-size 4 --micro-batch-size 4 --ppo-steps 24000 --eval-every 500
+        --checkpoint-every 500""",
 }
 SCRIPT = "aihf_ppo_llm.py"
 MAY_BE_ZERO = """seed num_demonstrations num_preferences demo_weight preference_weight

@@ -636,7 +636,7 @@ class LlmArgs:
     gamma: float = 1.0  # discount
     gae_lambda: float = 0.95  # of generalised advantage estimation
     clip: float = 0.2  # probability ratios count up to 1 ± this
-    kl_coefficient: float = 0.02  # β of (4)
+    kl_coefficient: float = 0.05  # β of (4)
     missing_eos_penalty: float = 0.0  # taken from the score of a response without the end token
 
     # Running
