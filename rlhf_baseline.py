@@ -631,7 +631,7 @@ class LlmArgs:
     batch_size: int = 64  # responses in each (paper: 256)
     minibatch_size: int = 32  # responses in an optimiser step
     ppo_epochs: int = 2  # passes over each batch
-    learning_rate: float = 3e-4  # Adam's, for the policy (paper: 1.41e-5, for GPT-2)
+    learning_rate: float = 1e-4  # Adam's, for the policy (paper: 1.41e-5, for GPT-2)
     value_learning_rate: float = 3e-4  # Adam's, for the value network
     gamma: float = 1.0  # discount
     gae_lambda: float = 0.95  # of generalised advantage estimation
