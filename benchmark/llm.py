@@ -44,7 +44,7 @@ SWEEPS = {  # of figure7.png: sizes of data, (demonstrations, preferences), as i
 FIGURES = {  # which sizes belong to which of the paper's
     "6": [("1000", "1000")],
     "7": list(dict.fromkeys(size for sizes in SWEEPS.values() for size in sizes)),
-    "9": [("3000", n) for n in ("1000", "2000", "3000")],
+    "9": [("1000", "1000"), *(("3000", n) for n in ("1000", "2000", "3000"))],
     "10": [("1000", n) for n in ("1000", "2000", "3000")],
 }
 METHODS = {
@@ -181,7 +181,9 @@ def draw_scores(axes, scores: list[dict]) -> None:
 def draw_all(rows: list[dict], scores: list[dict], folder: Path) -> None:
     def panels(count: int, sharey: bool = False):
         size = (4 + 3.2 * count, 3.8)
-        return plt.subplots(1, count, figsize=size, sharey=sharey, layout="constrained")
+        options = {"figsize": size, "sharey": sharey, "layout": "constrained", "squeeze": False}
+        figure, axes = plt.subplots(1, count, **options)
+        return figure, axes[0]
 
     def finish(figure, name: str, x: list[str], y: list[str], titles=("", "", "", "")) -> None:
         for axis, xlabel, ylabel, title in zip(figure.axes, x, y, titles):
@@ -210,21 +212,22 @@ def draw_all(rows: list[dict], scores: list[dict], folder: Path) -> None:
     labels = [truth, "learned score, centred", truth]
     finish(figure, "figure8.png", labels, ["density", "density", "learned score, centred"])
 
-    figure, axes = panels(3, sharey=True)
-    for axis, size in zip(axes, FIGURES["9"]):
-        for method in METHODS["9"]:
-            for seed, run in runs_of(rows, "9", method, size).items():
-                style = {"color": COLORS[method], "label": method if seed == "1" else None}
-                axis.plot(run["kl"], run["gt_score"], "o-", alpha=0.7, markersize=3, **style)
-    titles = [of_size(*size) for size in FIGURES["9"]]
-    finish(figure, "figure9.png", ["KL to the base model, nats"] * 3, [truth] * 3, titles)
-
-    figure, axes = panels(3, sharey=True)
-    for axis, size in zip(axes, FIGURES["10"]):
-        for method in METHODS["10"]:
-            draw_curves(axis, rows, "10", method, size, "policy_steps")
-    titles = [of_size(*size) for size in FIGURES["10"]]
-    finish(figure, "figure10.png", ["DPO steps"] * 3, [truth] * 3, titles)
+    for name, x in (("9", "KL to the base model, nats"), ("10", "DPO steps")):
+        there = {
+            (row["demonstrations"], row["preferences"]) for row in rows if row["figure"] == name
+        }
+        sizes = [size for size in FIGURES[name] if size in there]
+        figure, axes = panels(len(sizes), sharey=True)
+        for axis, size in zip(axes, sizes):
+            for method in METHODS[name]:
+                if name == "10":
+                    draw_curves(axis, rows, name, method, size, "policy_steps")
+                    continue
+                for seed, run in runs_of(rows, name, method, size).items():
+                    style = {"color": COLORS[method], "label": method if seed == "1" else None}
+                    axis.plot(run["kl"], run["gt_score"], "o-", alpha=0.7, markersize=3, **style)
+        titles = [of_size(*size) for size in sizes]
+        finish(figure, f"figure{name}.png", [x] * len(sizes), [truth] * len(sizes), titles)
 
 
 def distinct(texts: list[str]) -> float:

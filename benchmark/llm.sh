@@ -58,7 +58,7 @@ for flip in 0.1 0.3; do
   python benchmark/llm_data.py --flip $flip --output runs/preferences_flip$flip.jsonl
 done
 for figure in ${1:-6 7 10 9}; do
-  for methods in rlhf 'aihf-ppo|random' 'dpo|aihf-dpo'; do # SFT has to be there before others start from it
+  for methods in 'rlhf|aihf-ppo' 'random|dpo|aihf-dpo'; do # SFT has to be there before others start from it
     runs "$figure" | { grep -E "^($methods) " || true; } |
       xargs -r -P "${JOBS:-2}" -L 1 bash -c 'run "$@" >>"runs/llm__$1__$2__$3__$4.log" 2>&1' _
   done
