@@ -82,7 +82,7 @@ class Args:
     run_name: str = ""  # the run's folder; "": from script, seed and time
     resume: str = ""  # a run folder to carry on; its arguments, but for flags beside it
     evaluate: str = ""  # a run folder whose policy to evaluate instead of training
-    cuda: bool = True  # use GPUs when there are any
+    cuda: bool = True  # use GPUs when there are any; weights are float32 everywhere
     dtype: Literal["float32", "bfloat16"] | None = None  # of products; None: bfloat16 on GPUs
     gradient_checkpointing: bool = False  # activations are computed anew in backward: less memory
     threads: int = 2  # CPU threads of torch, of each process
@@ -156,15 +156,14 @@ def main() -> None:
     evaluation = partial(evaluate, models, held_out, start, args, run_dir)
     if args.evaluate:
         return evaluation(log[-1]["charts/step"])
-    if not log:
-        log = [{"charts/step": 0, "charts/wall_seconds": 0.0} | evaluation(0)]
+    log = log or [{"charts/step": 0, "charts/wall_seconds": 0.0} | evaluation(0)]
     references = reference.score([row for pair in pairs for row in pair]).view(-1, 2)
     first_step, size = log[-1]["charts/step"], args.batch_size
 
     for step in tqdm(range(first_step, args.dpo_steps), "AIHF-DPO", disable=rank > 0):
         started = time.perf_counter()
-        share_done = args.anneal * step / args.dpo_steps
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - share_done)
+        share_left = 1 - args.anneal * step / args.dpo_steps
+        optimizer.param_groups[0]["lr"] = args.learning_rate * share_left
 
         # ================================================ SAMPLE: (x, y) ~ D, (y_l ≺ y_w) ~ P
         demo_indices = share(read.draw(len(demos), size, step, (args.seed, 1)) if demos else [])
@@ -382,8 +381,8 @@ def gather(x: Tensor) -> Tensor:
 def shard(module: nn.Module) -> None:
     """Share out the parameters, block by block; each is gathered whole where it is used."""
     if dist.is_initialized():
-        device_type = next(module.parameters()).device.type
-        mesh = dist.init_device_mesh(device_type, (dist.get_world_size(),))
+        kind, count = next(module.parameters()).device.type, dist.get_world_size()
+        mesh = dist.init_device_mesh(kind, (count,))
         for part in (*blocks(module), module):
             fully_shard(part, mesh=mesh)
             part.set_force_sum_reduction_for_comms(True)

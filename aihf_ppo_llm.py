@@ -14,13 +14,13 @@ settings; `torchrun --nproc-per-node 2 aihf_ppo_llm.py` shards the models over p
 Three departures from the paper matter (README.md has all of them):
 - g1 (Lemma 5.1) is linear in R and unbounded. It comes with λ (R(τ)² + R(τ')²), under which the
   best R for g1 alone is (p_E - p_π) / (2λ (p_E + p_π)): Lemma 5.1's direction, within ±1/(2λ).
-- Preferences weigh 3 and demonstrations α = 1: with 1 the policy comes to the level of the
-  demonstrations and rests there, with 10 it runs past what a thousand preferences can tell.
+- Preferences weigh 3, demonstrations α = 1. The reward learns fast and the policy slowly, lest
+  this exploits a reward that has not seen yet what it writes.
 - g1's responses are those of the ten latest policies, lest the reward forget. The reward learns
   before the policy, and is then shifted, so that a critic fitted to scores around 0 stays valid.
 
-`reward/gap` shows whether it goes well: it begins large and stays near 0 once the policy is as good
-as the demonstrations. Far below 0 the reward pays for what no demonstration has.
+`reward/gap` tells how it goes: large at first, near 0 once the policy is as good as the
+demonstrations; far below 0 the reward pays for what no demonstration has.
 """
 
 import copy
@@ -30,7 +30,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -55,7 +55,7 @@ ASSETS = "data_gen/assets/imdb"
 
 @dataclass
 class Args:
-    preset: Literal["", "imdb", "hh"] = ""  # Table 2's numbers; the departures above stay
+    preset: Literal["", "imdb", "hh"] = ""  # Table 2's numbers and weights of 1; λ and memory stay
     model_name_or_path: str = f"{ASSETS}/model"  # the base policy, a folder or hub id
     sft_model_path: str = ""  # start from this policy, which is then the reference π⁰ too
     reward_model_path: str = ""  # base of the reward; "": the base policy. A trained head is kept
@@ -79,7 +79,7 @@ class Args:
     demo_loss: Literal["linear", "logistic"] = "linear"  # g1: Lemma 5.1, or log σ (authors' code)
     response_memory: int = 10  # latest policies whose responses g1 sees (Lemma 5.1: 1)
     reward_penalty: float = 0.3  # λ, weight of R² in the demonstration term (paper: none)
-    reward_updates_per_iteration: int = 3  # Adam steps on the reward (paper: 12, for 20 PPO steps)
+    reward_updates_per_iteration: int = 10  # Adam steps on the reward (paper: 12, for 20 PPO steps)
     reward_batch_size: int = 32  # demonstrations, and responses, and pairs, in each (paper: 128)
     reward_learning_rate: float = 1e-3  # Adam's (paper: 1e-5, for GPT-2)
 
@@ -90,7 +90,7 @@ class Args:
     batch_size: int = 64  # responses in each (paper: 256)
     minibatch_size: int = 32  # responses in an optimiser step
     ppo_epochs: int = 2  # passes over each batch
-    learning_rate: float = 3e-4  # Adam's, for the policy (paper: 1.41e-5, for GPT-2)
+    learning_rate: float = 1e-4  # Adam's, for the policy (paper: 1.41e-5, for GPT-2)
     value_learning_rate: float = 3e-4  # Adam's, for the value network
     gamma: float = 1.0  # discount
     gae_lambda: float = 0.95  # of generalised advantage estimation
@@ -106,7 +106,7 @@ class Args:
     run_name: str = ""  # the run's folder; "": from script, seed and time
     resume: str = ""  # a run folder to carry on, with its arguments but for flags given beside it
     evaluate: str = ""  # a run folder whose policy to evaluate instead of training
-    cuda: bool = True  # use GPUs when there are any
+    cuda: bool = True  # use GPUs when there are any; weights are float32 everywhere
     dtype: Literal["float32", "bfloat16"] | None = None  # of products; None: bfloat16 on GPUs
     gradient_checkpointing: bool = False  # activations are computed anew in backward: less memory
     threads: int = 2  # CPU threads of torch, of each process
@@ -253,9 +253,8 @@ def main() -> None:
     if args.evaluate:
         evaluation(log[-1]["charts/step"])
         return
-    if not log:
-        row = {"charts/step": 0, "charts/reward_updates": 0, "charts/wall_seconds": 0.0}
-        log = [row | evaluation(0)]
+    row = {"charts/step": 0, "charts/reward_updates": 0, "charts/wall_seconds": 0.0}
+    log = log or [row | evaluation(0)]
     rates = {"policy": args.learning_rate, "value": args.value_learning_rate}
     rates["reward"] = args.reward_learning_rate
     first_step, reward_updates = log[-1]["charts/step"], log[-1]["charts/reward_updates"]
@@ -517,7 +516,8 @@ class Scorer(nn.Module):
         self.model, self.tokenizer = load(kind, name, args, **kwargs)
         if trained and not has_head or self.model.config.num_labels > 2:
             raise ValueError(f"{name} has no trained head of one or two outputs: no reward model")
-        self.args, self.vocabulary = args, self.tokenizer.get_vocab()
+        self.args = replace(args, dtype="float32") if trained else args  # a judge is exact
+        self.vocabulary = self.tokenizer.get_vocab()
         self.prefix, self.suffix = read.special_tokens(self.tokenizer)
         self.is_decoder = hasattr(self.model, "score")  # GPT-2, GPT-NeoX, Llama ...: a linear head
         embeddings = getattr(self.model.base_model, "embeddings", None)
@@ -622,8 +622,8 @@ def total(x: Tensor) -> Tensor:
 def shard(module: nn.Module) -> None:
     """Share out the parameters, block by block; each is gathered whole where it is used."""
     if dist.is_initialized():
-        device_type = next(module.parameters()).device.type
-        mesh = dist.init_device_mesh(device_type, (dist.get_world_size(),))
+        kind, count = next(module.parameters()).device.type, dist.get_world_size()
+        mesh = dist.init_device_mesh(kind, (count,))
         for part in (*blocks(module), module):
             fully_shard(part, mesh=mesh)
             part.set_force_sum_reduction_for_comms(True)

@@ -28,7 +28,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -647,7 +647,7 @@ class LlmArgs:
     run_name: str = ""  # the run's folder; "": from script, seed and time
     resume: str = ""  # a run folder to carry on, with its arguments but for flags given beside it
     evaluate: str = ""  # a run folder whose policy to evaluate instead of training
-    cuda: bool = True  # use GPUs when there are any
+    cuda: bool = True  # use GPUs when there are any; weights are float32 everywhere
     dtype: Literal["float32", "bfloat16"] | None = None  # of products; None: bfloat16 on GPUs
     gradient_checkpointing: bool = False  # activations are computed anew in backward: less memory
     threads: int = 2  # CPU threads of torch, of each process
@@ -1070,7 +1070,8 @@ class Scorer(nn.Module):
         self.model, self.tokenizer = load(kind, name, args, **kwargs)
         if trained and not has_head or self.model.config.num_labels > 2:
             raise ValueError(f"{name} has no trained head of one or two outputs: no reward model")
-        self.args, self.vocabulary = args, self.tokenizer.get_vocab()
+        self.args = replace(args, dtype="float32") if trained else args  # a judge is exact
+        self.vocabulary = self.tokenizer.get_vocab()
         self.prefix, self.suffix = read.special_tokens(self.tokenizer)
         self.is_decoder = hasattr(self.model, "score")  # GPT-2, GPT-NeoX, Llama ...: a linear head
         embeddings = getattr(self.model.base_model, "embeddings", None)
@@ -1174,8 +1175,8 @@ def total(x: Tensor) -> Tensor:
 def shard(module: nn.Module) -> None:
     """Share out the parameters, block by block; each is gathered whole where it is used."""
     if dist.is_initialized():
-        device_type = next(module.parameters()).device.type
-        mesh = dist.init_device_mesh(device_type, (dist.get_world_size(),))
+        kind, count = next(module.parameters()).device.type, dist.get_world_size()
+        mesh = dist.init_device_mesh(kind, (count,))
         for part in (*blocks(module), module):
             fully_shard(part, mesh=mesh)
             part.set_force_sum_reduction_for_comms(True)

@@ -239,7 +239,7 @@ def distinct(texts: list[str]) -> float:
 
 def stability(rows: list[dict], figure: str, method: str, size: tuple[str, str]) -> str:
     """How far each seed falls after its best evaluation, in shares of the way from the base model
-    to the expert that wrote the demonstrations."""
+    to the expert."""
     manifest = json.loads((ROOT / "data_gen/assets/imdb/manifest.json").read_text())
     base, *_, expert = (row["mean"] for row in manifest["checkpoints"].values())
     falls = {
@@ -250,7 +250,7 @@ def stability(rows: list[dict], figure: str, method: str, size: tuple[str, str])
     return f"{method}, {' + '.join(size)}, falls after its best by: {', '.join(words)}"
 
 
-def at_equal_kl(rows: list[dict], figure: str, size: tuple[int, int]) -> str:
+def at_equal_kl(rows: list[dict], figure: str, size: tuple[str, str]) -> str:
     """Ground truth of each seed's AIHF at its end, and of RLHF where it passed the same KL to the
     base model on its way up, between two evaluations."""
     words = []
@@ -269,7 +269,7 @@ if __name__ == "__main__":
     scores = merge(SCORES, new_scores, ("method", "seed"))
     for figure in FIGURES:
         print(table(rows, figure))
-    for figure in ("6", "9"):
+    for figure in ("9",):
         for size in FIGURES[figure]:
             aihf, rlhf = (runs_of(rows, figure, method, size) for method in METHODS["9"])
             above = sum(run["gt_score"][-1] > rlhf[n]["gt_score"][-1] for n, run in aihf.items())

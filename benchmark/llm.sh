@@ -13,7 +13,7 @@ runs() { # lines: method, demonstrations, preferences, seed
   for seed in ${SEEDS:-1 2 3}; do
     case $1 in
       6) for method in rlhf random aihf-ppo dpo aihf-dpo; do echo "$method 1000 1000 $seed"; done ;;
-      7) for size in "1000 100" "1000 1000flip0.3" "100 1000" "1000 300" "1000 3000" "300 1000" \
+      7) for size in "1000 1000" "1000 100" "1000 1000flip0.3" "100 1000" "1000 300" "1000 3000" "300 1000" \
            "3000 1000" "1000 1000flip0.1"; do # beside those of 6
            echo "rlhf $size $seed"; echo "aihf-ppo $size $seed"
          done ;;
@@ -33,6 +33,8 @@ run() { # method demonstrations preferences seed
   local preferences=${3%%flip*} flip=${3##*flip}
   [ "$1$3" = rlhf100 ] && flags=(--reward-epochs 20) # as many updates as with 1,000; what does best is kept
   [ "$1$3" = rlhf300 ] && flags=(--reward-epochs 7)
+  [ "$1$2" = rlhf100 ] && flags=(--sft-epochs 30)
+  [ "$1$2" = rlhf300 ] && flags=(--sft-epochs 10)
   [ "$2" = 3000 ] && flags+=(--eval-every 3) # Figure 9 wants many points
   [ "$1" = dpo ] && flags+=(--sft-model-path "$sft" --demo-weight 0)
   [ "$1" = random ] && flags+=(--sft-model-path "$sft" --reward-learning-rate 1e-12)

@@ -4,7 +4,8 @@ temperatures, with the entropy and the variety of what they write, and a second 
     python data_gen/imdb_data.py classifier --spoiled-share 0 --output-dir runs/gameable_judge
     python benchmark/llm_sharpness.py
 
-adds rows to results/llm_sharpness.csv, one for each finished run in runs/ and each temperature, of
+(needs `pip install -e '.[plot]'`) adds rows to results/llm_sharpness.csv, for each finished run in
+runs/ and each temperature one if it is not there yet, of
 responses to the held-out prompts that the runs were evaluated on: the ground truth, the score of a
 judge that praise alone pleases, the entropy in nats a response, the share of different word pairs,
 and the perplexity under the base model. SFT is RLHF's; the base model and the demonstrations stand
@@ -105,7 +106,8 @@ def main() -> None:
             key = (*run, str(temperature))
             if key not in known:
                 row = measure(Policy(str(folder), args), base, judges, prompts, temperature)
-                new.append(dict(zip(KEYS, key)) | {n: f"{row.get(n, ''):.5g}" for n in row})
+                new.append(dict.fromkeys(MEASURES, "") | dict(zip(KEYS, key)))
+                new[-1] |= {name: f"{value:.5g}" for name, value in row.items()}
                 print(new[-1], flush=True)
     demos = read.rows(str(ROOT / args.demonstrations), ("prompt", "completion"), 256)
     row = judged(*map(list, zip(*demos)), judges)

