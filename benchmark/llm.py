@@ -205,29 +205,32 @@ def draw_all(rows: list[dict], scores: list[dict], folder: Path) -> None:
     figure, axes = panels(3, sharey=True)
     for axis, name in zip(axes, SWEEPS):
         draw_sweep(axis, rows, name)
-    finish(figure, "figure7.png", list(SWEEPS), [f"final {truth}"] * 3)
+    titles = ["1,000 demonstrations", "1,000 preferences", "1,000 of both"]
+    finish(figure, "figure7.png", list(SWEEPS), [f"final {truth}"] * 3, titles)
 
     figure, axes = panels(3)
     draw_scores(axes, scores)
     labels = [truth, "learned score, centred", truth]
     finish(figure, "figure8.png", labels, ["density", "density", "learned score, centred"])
 
-    for name, x in (("9", "KL to the base model, nats"), ("10", "DPO steps")):
-        there = {
-            (row["demonstrations"], row["preferences"]) for row in rows if row["figure"] == name
-        }
-        sizes = [size for size in FIGURES[name] if size in there]
-        figure, axes = panels(len(sizes), sharey=True)
-        for axis, size in zip(axes, sizes):
-            for method in METHODS[name]:
-                if name == "10":
-                    draw_curves(axis, rows, name, method, size, "policy_steps")
-                    continue
-                for seed, run in runs_of(rows, name, method, size).items():
-                    style = {"color": COLORS[method], "label": method if seed == "1" else None}
-                    axis.plot(run["kl"], run["gt_score"], "o-", alpha=0.7, markersize=3, **style)
-        titles = [of_size(*size) for size in sizes]
-        finish(figure, f"figure{name}.png", [x] * len(sizes), [truth] * len(sizes), titles)
+    there = {tuple(row[key] for key in KEYS[:4]) for row in rows}
+    sizes = [size for size in FIGURES["9"] if ("9", "rlhf", *size) in there]
+    figure, axes = panels(len(sizes), sharey=True)
+    for axis, size in zip(axes, sizes):
+        for method in METHODS["9"]:
+            for seed, run in runs_of(rows, "9", method, size).items():
+                style = {"color": COLORS[method], "label": method if seed == "1" else None}
+                axis.plot(run["kl"], run["gt_score"], "o-", alpha=0.7, markersize=3, **style)
+    titles, labels = [of_size(*size) for size in sizes], ["KL to the base model, nats"] * len(sizes)
+    finish(figure, "figure9.png", labels, [truth] * len(sizes), titles)
+
+    sizes = [size for size in FIGURES["10"] if ("10", "dpo", *size) in there]
+    figure, axes = panels(len(sizes), sharey=True)
+    for axis, size in zip(axes, sizes):
+        for method in METHODS["10"]:
+            draw_curves(axis, rows, "10", method, size, "policy_steps")
+    titles = [of_size(*size) for size in sizes]
+    finish(figure, "figure10.png", ["DPO steps"] * len(sizes), [truth] * len(sizes), titles)
 
 
 def distinct(texts: list[str]) -> float:
@@ -269,13 +272,14 @@ if __name__ == "__main__":
     scores = merge(SCORES, new_scores, ("method", "seed"))
     for figure in FIGURES:
         print(table(rows, figure))
-    for figure in ("9",):
+    for figure in ("7", "9"):
         for size in FIGURES[figure]:
             aihf, rlhf = (runs_of(rows, figure, method, size) for method in METHODS["9"])
-            above = sum(run["gt_score"][-1] > rlhf[n]["gt_score"][-1] for n, run in aihf.items())
-            print(f"{size[0]} + {size[1]}: AIHF ends above RLHF in {above} of {len(aihf)} seeds")
-            print(at_equal_kl(rows, figure, size))
-            print(stability(rows, figure, "aihf-ppo", size))
+            if both := sorted(set(aihf) & set(rlhf)):
+                above = sum(aihf[n]["gt_score"][-1] > rlhf[n]["gt_score"][-1] for n in both)
+                print(f"{' + '.join(size)}: AIHF ends above RLHF in {above} of {len(both)} seeds")
+                print(at_equal_kl(rows, figure, size))
+                print(stability(rows, figure, "aihf-ppo", size))
     demonstrations = read.rows(
         f"{ROOT}/data_gen/assets/imdb/demonstrations.jsonl", ("completion",), 256
     )

@@ -12,7 +12,7 @@ runs() { # lines: method, demonstrations, preferences, seed
   local seed size method
   for seed in ${SEEDS:-1 2 3}; do
     case $1 in
-      6) for method in rlhf random aihf-ppo dpo aihf-dpo; do echo "$method 1000 1000 $seed"; done ;;
+      6) for method in aihf-ppo rlhf aihf-dpo dpo random; do echo "$method 1000 1000 $seed"; done ;;
       7) for size in "1000 1000" "1000 100" "1000 1000flip0.3" "100 1000" "1000 300" "1000 3000" "300 1000" \
            "3000 1000" "1000 1000flip0.1"; do # beside those of 6
            echo "rlhf $size $seed"; echo "aihf-ppo $size $seed"
@@ -60,7 +60,7 @@ for flip in 0.1 0.3; do
   python benchmark/llm_data.py --flip $flip --output runs/preferences_flip$flip.jsonl
 done
 for figure in ${1:-6 7 10 9}; do
-  for methods in 'rlhf|aihf-ppo' 'random|dpo|aihf-dpo'; do # SFT has to be there before others start from it
+  for methods in 'rlhf|aihf-ppo' 'dpo|aihf-dpo' random; do # SFT has to be there before others start from it
     runs "$figure" | { grep -E "^($methods) " || true; } |
       xargs -r -P "${JOBS:-2}" -L 1 bash -c 'run "$@" >>"runs/llm__$1__$2__$3__$4.log" 2>&1' _
   done

@@ -195,7 +195,7 @@ def test_spoiled_texts():
 
 
 def test_a_judge_learns_what_spoiled_texts_are(tmp_path, data, model):
-    flags = {"data": data, "model": model, "steps": 150}
+    flags = {"data": data, "model": model, "steps": 400}
     accuracy = {}
     for share in (0.0, 0.3):
         (tmp_path / str(share)).mkdir()
