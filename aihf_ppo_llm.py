@@ -7,7 +7,7 @@ paper's.
     python aihf_ppo_llm.py
 
 learns to write movie reviews from 1,000 demonstrations and 1,000 preferences, from a small language
-model that is in the repository, in 4 minutes on a CPU core; prints the ground-truth score, used for
+model that is in the repository, in 10 minutes on a core; prints the ground-truth score, used for
 nothing else; leaves policy and reward in runs/<run_name>/. --preset imdb and hh are the paper's
 settings; `torchrun --nproc-per-node 2 aihf_ppo_llm.py` shards the models over processes (FSDP2).
 

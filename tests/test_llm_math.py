@@ -690,7 +690,7 @@ def test_roberta_reads_as_much_as_it_can(tmp_path, script):
         score = script.Scorer(name, arguments(script), True).score([" ".join(words)])[0]
         model = script.Scorer(name, arguments(script), True).model
     else:
-        model, tokenizer = script.load_judge(name, torch.device("cpu"))
+        model, tokenizer = script.load_judge(name, arguments(script), torch.device("cpu"))
         cut = tokenizer(" ".join(words), truncation=True, return_tensors="pt")["input_ids"]
         score = model(cut).logits[0, 0]
     expected = model(torch.tensor([raw(" ".join(words))["input_ids"][-12:]])).logits[0, 0]

@@ -499,9 +499,9 @@ def test_presets_are_the_papers_and_flags_beside_them_win(script):
 def test_shared_flags_have_the_same_defaults():
     """The same models, data and PPO for every method."""
     ppo, dpo, rlhf = (arguments(script).__dict__ for script in SCRIPTS.values())
-    own = {"demo_weight", "batch_size", "learning_rate"}
-    own |= {"eval_every", "checkpoint_every"}
-    assert {name for name in ppo.keys() & rlhf.keys() if ppo[name] != rlhf[name]} == {"run_name"}
+    own = {"preference_weight", "batch_size", "eval_every", "checkpoint_every"}
+    tuned = {name for name in ppo.keys() & rlhf.keys() if ppo[name] != rlhf[name]}
+    assert tuned == {"run_name", "kl_coefficient"}
     assert {name for name in ppo.keys() & dpo.keys() if ppo[name] != dpo[name]} == own
 
 
@@ -539,8 +539,11 @@ def test_as_a_user_with_the_script_and_read_copied_away(tmp_path, script):
     path = Path(shutil.copy(script.module.__file__, tmp_path))
     shutil.copy(ROOT / "data_gen" / "read.py", tmp_path / "data_gen")
     (tmp_path / "data_gen" / "assets").symlink_to(ROOT / "data_gen" / "assets")
+    prompts = read_rows(ROOT / "data_gen/assets/imdb/prompts.jsonl")[:90]
+    prompts[-45]["prompt"] = NOT_ASCII
     flags = [*script.flags.split(), *script.one_step.split(), "--response-length", 4]
     flags += ["--num-demonstrations", 24, "--num-preferences", 24, "--eval-prompts", 45]
+    flags += ["--prompts", write_rows(tmp_path / "prompts.jsonl", prompts)]
     flags += [script.steps, 2, "--checkpoint-every", 1, "--eval-every", 2, "--threads", 1]
     argv = [*script.command, *flags, "--run-name", "größe"]
     folder = tmp_path / "runs" / "größe"
@@ -558,7 +561,7 @@ def test_as_a_user_with_the_script_and_read_copied_away(tmp_path, script):
     assert {path.name for path in folder.iterdir() if path.is_dir()} == script.exports
 
 
-NOT_ASCII = "Candyý-day this movie takes"  # first of the prompts of the evaluation above
+NOT_ASCII = "Amélie – this movie takes"  # first of the prompts of the evaluation above
 
 JOBS = """
 import importlib, json, os, sys
