@@ -15,7 +15,7 @@ Three departures from the paper matter (README.md has all of them):
 - g1 (Lemma 5.1) is linear in R and unbounded. It comes with λ (R(τ)² + R(τ')²), under which the
   best R for g1 alone is (p_E - p_π) / (2λ (p_E + p_π)): Lemma 5.1's direction, within ±1/(2λ).
 - Preferences weigh 3, demonstrations α = 1. The reward learns fast and the policy slowly, lest
-  this exploits a reward that has not seen yet what it writes.
+  it exploit a reward that has not yet seen what it writes.
 - g1's responses are those of the ten latest policies, lest the reward forget. The reward learns
   before the policy, and is then shifted, so that a critic fitted to scores around 0 stays valid.
 

@@ -272,14 +272,13 @@ if __name__ == "__main__":
     scores = merge(SCORES, new_scores, ("method", "seed"))
     for figure in FIGURES:
         print(table(rows, figure))
-    for figure in ("7", "9"):
-        for size in FIGURES[figure]:
-            aihf, rlhf = (runs_of(rows, figure, method, size) for method in METHODS["9"])
-            if both := sorted(set(aihf) & set(rlhf)):
-                above = sum(aihf[n]["gt_score"][-1] > rlhf[n]["gt_score"][-1] for n in both)
-                print(f"{' + '.join(size)}: AIHF ends above RLHF in {above} of {len(both)} seeds")
-                print(at_equal_kl(rows, figure, size))
-                print(stability(rows, figure, "aihf-ppo", size))
+    for size, figure in {size: figure for figure in "97" for size in FIGURES[figure]}.items():
+        aihf, rlhf = (runs_of(rows, figure, method, size) for method in METHODS["9"])
+        if both := sorted(set(aihf) & set(rlhf)):
+            above = sum(aihf[n]["gt_score"][-1] > rlhf[n]["gt_score"][-1] for n in both)
+            print(f"{' + '.join(size)}: AIHF ends above RLHF in {above} of {len(both)} seeds")
+            print(at_equal_kl(rows, figure, size))
+            print(stability(rows, figure, "aihf-ppo", size))
     demonstrations = read.rows(
         f"{ROOT}/data_gen/assets/imdb/demonstrations.jsonl", ("completion",), 256
     )

@@ -4,12 +4,13 @@ temperatures, with the entropy and the variety of what they write, and a second 
     python data_gen/imdb_data.py classifier --spoiled-share 0 --output-dir runs/gameable_judge
     python benchmark/llm_sharpness.py
 
-(needs `pip install -e '.[plot]'`) adds rows to results/llm_sharpness.csv, for each finished run in
-runs/ and each temperature one if it is not there yet, of
-responses to the held-out prompts that the runs were evaluated on: the ground truth, the score of a
-judge that praise alone pleases, the entropy in nats a response, the share of different word pairs,
-and the perplexity under the base model. SFT is RLHF's; the base model and the demonstrations stand
-beside them. Prints the table of benchmark/README.md. Without the second judge its column is empty.
+(needs `pip install -e '.[plot]'`) adds a row to results/llm_sharpness.csv for each finished run in
+runs/ and each temperature; rows that are there are kept, so delete those of a run made anew. They
+are of responses to the held-out prompts that the runs were evaluated on: the ground truth, the
+score of a judge that praise alone pleases, the entropy in nats a response, the share of different
+word pairs, and the perplexity under the base model. SFT is RLHF's; the base model and the
+demonstrations stand beside them. Prints the table of benchmark/README.md. Without the second judge
+its column is empty.
 """
 
 import csv
