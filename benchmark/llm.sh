@@ -9,22 +9,22 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 runs() { # lines: method, demonstrations, preferences, seed
-  local seed size method
-  for seed in ${SEEDS:-1 2 3}; do
-    case $1 in
-      6) for method in aihf-ppo rlhf aihf-dpo dpo random; do echo "$method 1000 1000 $seed"; done ;;
-      7) for size in "1000 1000" "1000 100" "1000 1000flip0.3" "100 1000" "1000 300" "1000 3000" "300 1000" \
-           "3000 1000" "1000 1000flip0.1"; do # beside those of 6
-           echo "rlhf $size $seed"; echo "aihf-ppo $size $seed"
-         done ;;
-      9) for size in "3000 1000" "3000 2000" "3000 3000"; do
-           echo "rlhf $size $seed"; echo "aihf-ppo $size $seed"
-         done ;;
-      10) echo "rlhf 1000 1000 $seed" # for its SFT
-          for size in "1000 1000" "1000 2000" "1000 3000"; do
-            echo "dpo $size $seed"; echo "aihf-dpo $size $seed"
-          done ;;
-    esac
+  local seed size method line
+  case $1 in
+    6) for method in aihf-ppo rlhf aihf-dpo dpo random; do echo "$method 1000 1000"; done ;;
+    7) for size in "1000 1000" "1000 100" "1000 1000flip0.3" "100 1000" "1000 3000" "3000 1000" "1000 300" \
+         "300 1000" "1000 1000flip0.1"; do # beside those of 6
+         echo "rlhf $size"; echo "aihf-ppo $size"
+       done ;;
+    9) for size in "3000 1000" "3000 2000" "3000 3000"; do
+         echo "rlhf $size"; echo "aihf-ppo $size"
+       done ;;
+    10) echo "rlhf 1000 1000" # for its SFT
+        for size in "1000 1000" "1000 2000" "1000 3000"; do
+          echo "dpo $size"; echo "aihf-dpo $size"
+        done ;;
+  esac | while read -r line; do
+    for seed in ${SEEDS:-1 2 3}; do echo "$line $seed"; done
   done
 }
 
