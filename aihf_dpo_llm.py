@@ -390,8 +390,14 @@ def shard(module: nn.Module) -> None:
 
 
 def whole(state):
-    """A state with whole tensors on the CPU in the place of shared out ones."""
-    return tree_map_only(DTensor, lambda x: x.full_tensor().cpu(), state)
+    """A state with whole tensors on the CPU in the place of shared out ones; in process 0 alone,
+    lest each hold all, but for single numbers."""
+
+    def gathered(x: DTensor) -> Tensor | None:
+        x = x.full_tensor()
+        return x.cpu() if dist.get_rank() == 0 or x.ndim == 0 else None
+
+    return tree_map_only(DTensor, gathered, state)
 
 
 def load_optimizer(optimizer, state: dict) -> None:

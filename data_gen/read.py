@@ -101,21 +101,32 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 def open_run(args, script: str, writes: bool = True) -> Path:
     """The folder runs_dir/run_name, new or without a checkpoint, or resume's, with args.json. From
-    here on this process alone writes there (of several that make up a run, one writes), and Ctrl-C
-    says how to carry on and exits with 130. ValueError if it is another run's, or in use."""
+    here on this process alone writes there (of several that make up a run, one writes). Ctrl-C says
+    how to carry on and exits with 130; so do SIGTERM, with 143, and an error's traceback: the other
+    processes of a torchrun end by either when one has died. ValueError if another run is there."""
     import fcntl
 
     if args.run_name in (".", "..") or Path(args.run_name).name != args.run_name:
         raise ValueError(f"--run-name {args.run_name!r} must be a plain name; see --runs-dir")
     folder = Path(args.resume or Path(args.runs_dir) / args.run_name)
 
-    def interrupt(signum, frame):
+    def say_how_to_carry_on() -> None:
         saved = (folder / "checkpoint.pt").exists()
         how = f"carry on with: python {script} --resume {folder}" if saved else "nothing is saved"
-        print(f"\nstopped; {how}" if writes else "", flush=True)
-        raise SystemExit(130)
+        print(f"\nstopped; {how}", flush=True)
+
+    def interrupt(signum, frame):
+        if writes or signum == signal.SIGTERM:
+            say_how_to_carry_on()
+        raise SystemExit(128 + signum)
+
+    def crash(*error):
+        sys.__excepthook__(*error)
+        say_how_to_carry_on()
 
     signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    sys.excepthook = crash
     if not writes:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +163,7 @@ def checkpoint(run: str, script: str) -> dict:
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}; begin the run anew, its name may be used again")
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:  # almost anything on a damaged file
         raise ValueError(f"{path} is damaged ({one_line(error)}); begin the run anew") from None
     if not isinstance(state, dict) or state.get("script") != script:

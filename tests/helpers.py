@@ -38,10 +38,12 @@ def run_script(script: Path | ModuleType, argv: list, cwd: Path) -> tuple[int, s
     """`python script argv` in the folder cwd but in this process: (exit code, stdout, stderr).
 
     An imported module's main() is called instead, so that a test may patch its names. Whatever
-    else it raises goes on. The run's lock and signal handler are given back.
+    else it raises goes on. The run's lock, signal handlers and excepthook are given
+    back.
     """
     out, err, code, locks = io.StringIO(), io.StringIO(), 0, []
-    flock, folder, handler = fcntl.flock, os.getcwd(), signal.getsignal(signal.SIGINT)
+    flock, folder, excepthook = fcntl.flock, os.getcwd(), sys.excepthook
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     threads, name = torch.get_num_threads(), getattr(script, "__file__", str(script))
 
     def recording_flock(lock, operation):
@@ -70,7 +72,9 @@ def run_script(script: Path | ModuleType, argv: list, cwd: Path) -> tuple[int, s
         for bar in list(getattr(tqdm, "_instances", ())):  # of a run that did not end well
             bar.close()
         os.chdir(folder)
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        sys.excepthook = excepthook
         torch.set_num_threads(threads)
     return code, out.getvalue(), err.getvalue()
 

@@ -33,6 +33,7 @@ from helpers import (
     metrics,
     run_process,
     run_script,
+    start_process,
 )
 
 from data_gen import read
@@ -579,8 +580,8 @@ for name, argv, port in json.loads(Path("jobs.json").read_text()):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory, world) -> Path:
-    """The folder where one torchrun has made, for each script, a run of a step, NAME_two, and has
-    carried on one that a process alone began, NAME_one_then_two."""
+    """The folder where one torchrun, of two machines with a process each, has made a run of a step
+    of each script, NAME_two, and has carried on one of a process alone, NAME_one_then_two."""
     folder, jobs = tmp_path_factory.mktemp("two"), []
     with contextlib.ExitStack() as sockets:
         for name, script in SCRIPTS.items():
@@ -593,12 +594,16 @@ def two_processes(tmp_path_factory, world) -> Path:
             for argv in (command(script, world, *begin), carry_on):
                 port = sockets.enter_context(socket.create_server(("", 0))).getsockname()[1]
                 jobs.append([script.module.__name__, argv, port])
+        meeting = sockets.enter_context(socket.create_server(("", 0))).getsockname()[1]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     (folder / "jobs.py").write_text(JOBS)
-    argv = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "jobs.py"]
-    code, out, err = run_process([*argv, ROOT, ROOT / "tests"], folder, OMP_NUM_THREADS="1")
-    print(out, err)
-    assert code == 0
+    argv = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=two"]
+    argv += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{meeting}", "jobs.py"]
+    argv += [ROOT, ROOT / "tests"]
+    machines = [start_process(argv, folder, OMP_NUM_THREADS="1") for _ in range(2)]
+    for machine in machines:
+        print(*machine.communicate(timeout=300))
+    assert [machine.returncode for machine in machines] == [0, 0]
     return folder
 
 
@@ -635,6 +640,38 @@ def test_two_processes_are_one(tmp_path, script, world, two_processes):
     found, expected = (metrics(x) for x in (folder, then_two))
     assert len(found) == len(expected) and found[-1].keys() == expected[-1].keys()
     assert found[-1]["charts/step"] == "2"
+
+
+DIES = """
+import os, runpy, sys, torch
+step, calls, dies = torch.optim.Adam.step, [], sys.argv[1]
+def dying(self, *args, **kwargs):
+    calls.append(1)
+    if len(calls) == 3 and os.environ["RANK"] == dies:
+        os.kill(os.getpid(), 9)
+    return step(self, *args, **kwargs)
+torch.optim.Adam.step = dying
+sys.argv[:3] = sys.argv[2:3]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_ends_the_run(tmp_path, world, rank):
+    """The other says how to carry on, and ends: the run may be carried on at once."""
+    (tmp_path / "dies.py").write_text(DIES)
+    script = SCRIPTS["dpo"]
+    flags = [*script.one_step.split(), script.steps, 50, "--checkpoint-every", 1, "--threads", 1]
+    argv = command(script, world, *flags, "--runs-dir", tmp_path, "--run-name", "run")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "dies.py"]
+    launch += [rank, ROOT / f"{script.module.__name__}.py"]
+    code, out, err = run_process([*launch, *argv], tmp_path, OMP_NUM_THREADS="1")
+    assert code == 1 and "Signal 9 (SIGKILL) received by PID" in err
+    assert out.count(f"carry on with: python aihf_dpo_llm.py --resume {tmp_path}/run") == 1
+    with open(tmp_path / "run" / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert load(tmp_path / "run")["log"][-1]["charts/step"] == 2
 
 
 # ------------------------------------------------------------- what training may and may not see
