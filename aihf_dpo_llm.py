@@ -18,7 +18,6 @@ is (8) with the policy's own r = β log π/π⁰ as the reward. Departures that 
 """
 
 import inspect
-import json
 import math
 import os
 import sys
@@ -419,9 +418,9 @@ def evaluate(models, held_out, start, args: Args, run_dir: Path, step: int) -> d
     responses = policy.texts.read(prompt_ids, response_ids)
     rows = list(zip(prompt_ids, response_ids))
     log_probs = policy.score(rows)
-    scores = {"kl": (log_probs - reference.score(rows)).cpu()}
+    scores = {"response_length": torch.tensor([len(ids) for ids in response_ids]).float()}
     scores["kl_base"] = (log_probs - base.score(rows)).cpu()
-    scores["response_length"] = torch.tensor([len(ids) for ids in response_ids]).float()
+    scores["kl"] = (log_probs - reference.score(rows)).cpu()
     if judge:
         model, tokenizer = judge
         texts = share([x + y for x, y in zip(prompts, responses)])
@@ -437,16 +436,10 @@ def evaluate(models, held_out, start, args: Args, run_dir: Path, step: int) -> d
             row["eval/reward_correlation"] = torch.corrcoef(ranks)[0, 1].item()  # Spearman's
     row |= {f"eval/{name}": x.mean().item() for name, x in scores.items()}
     if not dist.is_initialized() or dist.get_rank() == 0:
+        tqdm.write(f"after {step} steps: {summary(row)}")
         columns = {"prompt": prompts, "response": responses}
         columns |= {name: x.tolist() for name, x in scores.items()}
-        samples = [dict(zip(columns, values)) for values in zip(*columns.values())]
-        tqdm.write(f"after {step} steps: {summary(row)}")
-        for sample in samples[:3]:
-            text = " ".join(f"{sample['prompt'][-60:]} >> {sample['response']}".split())
-            tqdm.write(f"  {sample.get('gt_score', sample['kl']):6.2f} | {text[:160]}")
-        lines = "".join(json.dumps(sample) + "\n" for sample in samples)
-        if not args.evaluate:
-            read.write_whole(run_dir / "samples.jsonl", lambda path: path.write_text(lines))
+        read.write_samples(None if args.evaluate else run_dir / "samples.jsonl", columns)
     return row
 
 

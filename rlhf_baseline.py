@@ -22,7 +22,6 @@ the numbers marked "paper:" below:
 
 import copy
 import inspect
-import json
 import math
 import os
 import shutil
@@ -1167,9 +1166,7 @@ def response_rows(ids: Tensor, alive: Tensor) -> list[list[int]]:
 
 def total(x: Tensor) -> Tensor:
     """The sum over processes."""
-    if dist.is_initialized():
-        dist.all_reduce(x := x.clone())
-    return x
+    return gather(x[None]).sum(0)
 
 
 def shard(module: nn.Module) -> None:
@@ -1229,17 +1226,10 @@ def evaluate_responses(models, held_out, start, args: LlmArgs, run_dir: Path, st
         ranks = torch.stack([learned, truth]).argsort().argsort().double()
         row["eval/reward_correlation"] = torch.corrcoef(ranks)[0, 1].item()  # Spearman's
     if not dist.is_initialized() or dist.get_rank() == 0:
+        tqdm.write(f"after {step} steps: {summary(row)}")
         columns = {"prompt": prompts, "response": responses}
         columns |= {name: x.tolist() for name, x in scores.items()}
-        samples = [dict(zip(columns, values)) for values in zip(*columns.values())]
-        tqdm.write(f"after {step} steps: {summary(row)}")
-        for sample in samples[:3]:
-            text = " ".join(f"{sample['prompt'][-60:]} >> {sample['response']}".split())
-            score = sample.get("gt_score", sample["learned_score"])
-            tqdm.write(f"  {score:6.2f} | {text[:160]}")
-        lines = "".join(json.dumps(sample) + "\n" for sample in samples)
-        if not args.evaluate:
-            read.write_whole(run_dir / "samples.jsonl", lambda path: path.write_text(lines))
+        read.write_samples(None if args.evaluate else run_dir / "samples.jsonl", columns)
     return row
 
 

@@ -99,6 +99,19 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     write_whole(path, lambda path: path.write_text("\n".join([",".join(columns), *lines, ""])))
 
 
+def write_samples(path: Path | None, columns: dict[str, list]) -> None:
+    """Prints the first three of a table's rows of prompt, response and last column, a score; all
+    rows go to a file .jsonl, if there is a path."""
+    from tqdm import tqdm
+
+    samples = [dict(zip(columns, values)) for values in zip(*columns.values())]
+    for prompt, response, *_, score in list(zip(*columns.values()))[:3]:
+        tqdm.write(f"  {score:6.2f} | {' '.join(f'{prompt[-60:]} >> {response}'.split())[:160]}")
+    lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+    if path:
+        write_whole(path, lambda path: path.write_text(lines))
+
+
 def open_run(args, script: str, writes: bool = True) -> Path:
     """The folder runs_dir/run_name, new or without a checkpoint, or resume's, with args.json. From
     here on this process alone writes there (of several that make up a run, one writes). Ctrl-C says
