@@ -193,9 +193,8 @@ def measure_floor(training: str, repeats: int = 5) -> float:
         return sum(len(row) for row in tokenizer(list(texts))["input_ids"])
 
     if training == "dpo":
-        columns = list(
-            zip(*read.rows(ASSETS / "preferences.jsonl", ("prompt", "chosen", "rejected"), 1000))
-        )
+        pairs = read.rows(ASSETS / "preferences.jsonl", ("prompt", "chosen", "rejected"), 1000)
+        columns = zip(*pairs)
         prompts, chosen, rejected = (count(column) * PAIRS // 1000 for column in columns)
         responses = chosen + rejected
         return 3 * products(2 * prompts + responses, responses)
