@@ -264,5 +264,8 @@ if __name__ == "__main__":
                     value = float(run(*worker, **path).split()[-1])
                 print(f"round {number}: {what} {value:.3f} s", flush=True)
                 rows.append(dict(zip(COLUMNS, (training, what, number, f"{value:.5g}"))))
-        read.write_csv(args.results, rows)
+        with open(args.results, "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
     print(f"\n{summary(rows)}\n\nwrote {args.results}")

@@ -108,3 +108,8 @@ def test_memory_of_one_block(memory, monkeypatch):
     assert kept == one_block + 10 * 4 * 8 * 32 * 64
     _, block, outside = memory.parameters(config)
     assert block == 12 * 64**2 + 13 * 64 and outside == (97 + config.n_positions + 2) * 64
+
+
+def test_the_page_shows_what_the_script_prints(memory):
+    page = (ROOT / "benchmark/README.md").read_text()
+    assert "\n".join(memory.table()) in page
