@@ -229,8 +229,8 @@ def main() -> None:
         completions = policy.texts.responses(demos, args.demonstrations)  # cut as the policy's are
         completions = policy.texts.read(demo_ids, completions)
         demo_texts = [x + y for (x, _), y in zip(demos, completions)]
-        weights = (*reference.state_dict().values(), *base.state_dict().values())
-        data_hash = read.fingerprint(pairs, prompts, demos, [n], *weights)
+        given = nn.ModuleList([reference, base])
+        data_hash = read.fingerprint(pairs, prompts, demos, [n], *given.state_dict().values())
         if state and state["data_hash"] != data_hash:
             raise ValueError("the run had other data, another model, or other --eval-prompts")
         learned = {"policy": policy, "value": value, "reward": reward}

@@ -16,13 +16,17 @@ save for backward is counted; the rest is arithmetic:
   in process 0's host memory. At its start every process holds the four models whole in host memory.
 
 --measure runs one PPO step with this folder's model as policy and as base of the reward, in one
-CPU process and in two, and prints the largest resident memory of any of its processes.
+CPU process and in two, and prints the largest resident memory of each (Linux). They run with
+MALLOC_MMAP_THRESHOLD_=1000000: by default glibc keeps what FSDP2 gives back, block after block.
 """
 
+import contextlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -139,8 +143,8 @@ def table() -> list[str]:
     return lines
 
 
-def peak(folder: str, processes: int) -> float:
-    """The largest resident memory, in GB, of a process of a run of one PPO step."""
+def peaks(folder: str, processes: int) -> list[float]:
+    """The largest resident memory, in GB, of each process of a run of one PPO step (Linux)."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     with tempfile.TemporaryDirectory() as runs_dir:
         options = f"""aihf_ppo_llm.py --model-name-or-path {folder} --ground-truth-path= --threads 1
@@ -148,11 +152,24 @@ def peak(folder: str, processes: int) -> float:
             --reward-updates-per-iteration 1 --reward-batch-size 4 --batch-size 4 --minibatch-size 4
             --micro-batch-size 1 --ppo-epochs 1 --no-cuda --runs-dir {runs_dir}"""
         argv = [sys.executable, *(launch if processes > 1 else []), *options.split()]
-        process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, cwd=ROOT)
-        _, status, usage = os.wait4(process.pid, 0)  # usage: of it and of those it waited for
-    if status:
+        found, environment = {}, os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+        options = {"stdout": subprocess.DEVNULL, "cwd": ROOT, "env": environment}
+        process = subprocess.Popen(argv, **options)
+        while process.poll() is None:
+            workers = [str(process.pid)]
+            if processes > 1:
+                workers = (
+                    Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                )
+            for worker in workers:
+                with contextlib.suppress(OSError):  # it has just ended
+                    text = Path(f"/proc/{worker}/status").read_text()
+                    if kilobytes := re.search(r"VmHWM:\s+(\d+) kB", text):
+                        found[int(worker)] = int(kilobytes[1]) * 1024 / 1e9
+            time.sleep(0.1)
+    if process.returncode:
         raise SystemExit("error: the run failed")
-    return usage.ru_maxrss * 1024 / 1e9
+    return [found[worker] for worker in sorted(found)][:processes]
 
 
 if __name__ == "__main__":
@@ -164,4 +181,5 @@ if __name__ == "__main__":
     if not args.measure:
         print("\n".join(table()))
     for count in (1, 2) if args.measure else ():
-        print(f"{count} processes: {peak(args.measure, count):.2f} GB at most in one", flush=True)
+        each = ", ".join(f"{gigabytes:.2f}" for gigabytes in peaks(args.measure, count))
+        print(f"processes: {count}; GB in each at most: {each}", flush=True)
