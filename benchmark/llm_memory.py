@@ -2,6 +2,7 @@
 
     python benchmark/llm_memory.py                        (half a minute)
     python benchmark/llm_memory.py --measure runs/smollm2     (minutes)
+    python benchmark/llm_memory.py --growth                   (ten minutes)
 
 The first prints a table in GB (10^9 bytes) of what a process of aihf_ppo_llm.py holds under FSDP2
 and bfloat16 autocast. Models of one and two layers run forward here, and every tensor that they
@@ -18,9 +19,13 @@ save for backward is counted; the rest is arithmetic:
 --measure runs one PPO step with this folder's model as policy and as base of the reward, in one
 CPU process and in two, and prints the largest resident memory of each (Linux). They run with
 MALLOC_MMAP_THRESHOLD_=1000000: by default glibc keeps what FSDP2 gives back, block after block.
+--growth runs the embedded model with longer responses, larger batches, wider (random) models and
+more steps, and prints seconds a step and memory.
 """
 
 import contextlib
+import csv
+import math
 import os
 import re
 import subprocess
@@ -30,6 +35,7 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import median
 
 import torch
 import transformers
@@ -68,6 +74,7 @@ SETTINGS = (
 @dataclass
 class Args:
     measure: str = ""  # a folder with a causal language model; "": the table
+    growth: bool = False  # print how a run on the embedded model grows instead
 
 
 def parameters(config) -> tuple[int, int, int]:
@@ -143,18 +150,17 @@ def table() -> list[str]:
     return lines
 
 
-def peaks(folder: str, processes: int) -> list[float]:
-    """The largest resident memory, in GB, of each process of a run of one PPO step (Linux)."""
+def run(flags: str, processes: int = 1) -> tuple[list[float], float]:
+    """The largest resident memory, in GB, of each process of a run of aihf_ppo_llm.py with these
+    flags, and seconds a step: the median but for the first step, in which the reward learns, and
+    the last, in which the policy is evaluated (Linux)."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    with tempfile.TemporaryDirectory() as runs_dir:
-        options = f"""aihf_ppo_llm.py --model-name-or-path {folder} --ground-truth-path= --threads 1
-            --num-demonstrations 16 --num-preferences 16 --eval-prompts 2 --ppo-steps 1
-            --reward-updates-per-iteration 1 --reward-batch-size 4 --batch-size 4 --minibatch-size 4
-            --micro-batch-size 1 --ppo-epochs 1 --no-cuda --runs-dir {runs_dir}"""
+    with tempfile.TemporaryDirectory() as folder:
+        options = f"aihf_ppo_llm.py {flags} --ground-truth-path= --threads 1 --no-cuda"
+        options += f" --eval-prompts 2 --eval-every 1000 --runs-dir {folder} --run-name run"
         argv = [sys.executable, *(launch if processes > 1 else []), *options.split()]
         found, environment = {}, os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
-        options = {"stdout": subprocess.DEVNULL, "cwd": ROOT, "env": environment}
-        process = subprocess.Popen(argv, **options)
+        process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, cwd=ROOT, env=environment)
         while process.poll() is None:
             workers = [str(process.pid)]
             if processes > 1:
@@ -167,9 +173,34 @@ def peaks(folder: str, processes: int) -> list[float]:
                     if kilobytes := re.search(r"VmHWM:\s+(\d+) kB", text):
                         found[int(worker)] = int(kilobytes[1]) * 1024 / 1e9
             time.sleep(0.1)
-    if process.returncode:
-        raise SystemExit("error: the run failed")
-    return [found[worker] for worker in sorted(found)][:processes]
+        if process.returncode:
+            raise SystemExit("error: the run failed")
+        with open(Path(folder) / "run/metrics.csv", newline="") as file:
+            ends = [float(row["charts/wall_seconds"]) for row in csv.DictReader(file)][1:-1]
+    steps = [after - before for before, after in zip(ends, ends[1:])]
+    return [found[worker] for worker in sorted(found)][:processes], median(steps or [math.nan])
+
+
+def growth() -> None:
+    """Prints seconds a step and memory against length, batch, model and steps of the run."""
+    assets = ROOT / "data_gen/assets/imdb/model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(assets)
+    config = transformers.AutoConfig.from_pretrained(assets)
+    with tempfile.TemporaryDirectory() as folder:
+        models = {}
+        for width in (384, 768):
+            config.n_embd, models[width] = width, f"{folder}/{width}"
+            transformers.AutoModelForCausalLM.from_config(config).save_pretrained(models[width])
+            tokenizer.save_pretrained(models[width])
+        cases = {"as shipped: 24 tokens, batches of 64, width 192, 5 steps": ""}
+        cases |= {f"{n} tokens": f"--response-length {n}" for n in (48, 96)}
+        cases |= {f"batches of {n}": f"--batch-size {n}" for n in (128, 256)}
+        cases |= {f"width {n}": f"--model-name-or-path {path}" for n, path in models.items()}
+        cases |= {f"{n} steps": f"--ppo-steps {n}" for n in (10, 40)}
+        print("| | seconds a step | GB |\n|---|---|---|")
+        for name, flags in cases.items():
+            (peak,), seconds = run(f"--ppo-steps 5 {flags}")
+            print(f"| {name} | {seconds:.2f} | {peak:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
@@ -178,8 +209,14 @@ if __name__ == "__main__":
         if args.measure and not Path(args.measure).is_dir():
             raise ValueError(f"there is no model {args.measure}")
         transformers.logging.set_verbosity_error()
-    if not args.measure:
+    if args.growth:
+        growth()
+    elif not args.measure:
         print("\n".join(table()))
     for count in (1, 2) if args.measure else ():
-        each = ", ".join(f"{gigabytes:.2f}" for gigabytes in peaks(args.measure, count))
+        flags = f"""--model-name-or-path {args.measure} --num-demonstrations 16
+            --num-preferences 16 --ppo-steps 1 --reward-updates-per-iteration 1
+            --reward-batch-size 4 --batch-size 4 --minibatch-size 4 --micro-batch-size 1
+            --ppo-epochs 1"""
+        each = ", ".join(f"{gigabytes:.2f}" for gigabytes in run(flags, count)[0])
         print(f"processes: {count}; GB in each at most: {each}", flush=True)

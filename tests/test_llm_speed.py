@@ -113,3 +113,11 @@ def test_memory_of_one_block(memory, monkeypatch):
 def test_the_page_shows_what_the_script_prints(memory):
     page = (ROOT / "benchmark/README.md").read_text()
     assert "\n".join(memory.table()) in page
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+def test_a_run_is_measured(memory):
+    flags = """--ppo-steps 4 --num-demonstrations 8 --num-preferences 8 --batch-size 4
+        --minibatch-size 4 --reward-updates-per-iteration 1 --reward-batch-size 4 --ppo-epochs 1"""
+    (peak,), seconds = memory.run(flags)
+    assert 0.1 < peak < 8 and 0 < seconds < 60
