@@ -19,8 +19,8 @@ save for backward is counted; the rest is arithmetic:
 --measure runs one PPO step with this folder's model as policy and as base of the reward, in one
 CPU process and in two, and prints the largest resident memory of each (Linux). They run with
 MALLOC_MMAP_THRESHOLD_=1000000: by default glibc keeps what FSDP2 gives back, block after block.
---growth runs the embedded model with longer responses, larger batches, wider (random) models and
-more steps, and prints seconds a step and memory.
+--growth runs the embedded model, then with longer responses, larger batches, twice the width (at
+random) and more steps, each alone, and prints seconds a PPO step and memory.
 """
 
 import contextlib
@@ -187,19 +187,15 @@ def growth() -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(assets)
     config = transformers.AutoConfig.from_pretrained(assets)
     with tempfile.TemporaryDirectory() as folder:
-        models = {}
-        for width in (384, 768):
-            config.n_embd, models[width] = width, f"{folder}/{width}"
-            transformers.AutoModelForCausalLM.from_config(config).save_pretrained(models[width])
-            tokenizer.save_pretrained(models[width])
-        cases = {"as shipped: 24 tokens, batches of 64, width 192, 5 steps": ""}
-        cases |= {f"{n} tokens": f"--response-length {n}" for n in (48, 96)}
-        cases |= {f"batches of {n}": f"--batch-size {n}" for n in (128, 256)}
-        cases |= {f"width {n}": f"--model-name-or-path {path}" for n, path in models.items()}
-        cases |= {f"{n} steps": f"--ppo-steps {n}" for n in (10, 40)}
+        config.n_embd *= 2
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        cases = {"24 tokens, batches of 64, width 192, 5 steps": ""}
+        cases |= {"48 tokens": "--response-length 48", "batches of 128": "--batch-size 128"}
+        cases |= {"width 384": f"--model-name-or-path {folder}", "20 steps": "--ppo-steps 20"}
         print("| | seconds a step | GB |\n|---|---|---|")
         for name, flags in cases.items():
-            (peak,), seconds = run(f"--ppo-steps 5 {flags}")
+            (peak,), seconds = run(f"--ppo-steps 5 --reward-updates-per-iteration 1 {flags}")
             print(f"| {name} | {seconds:.2f} | {peak:.2f} |", flush=True)
 
 
