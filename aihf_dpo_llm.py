@@ -389,8 +389,8 @@ def shard(module: nn.Module) -> None:
 
 
 def whole(state):
-    """A state with whole tensors on the CPU in the place of shared out ones; in process 0 alone,
-    lest each hold all, but for single numbers."""
+    """A state with whole tensors on the CPU in the place of shared out ones. Process 0 alone keeps
+    them, to write them; the others get None, but for single numbers such as a norm."""
 
     def gathered(x: DTensor) -> Tensor | None:
         x = x.full_tensor()

@@ -229,7 +229,7 @@ def main() -> None:
         completions = policy.texts.responses(demos, args.demonstrations)  # cut as the policy's are
         completions = policy.texts.read(demo_ids, completions)
         demo_texts = [x + y for (x, _), y in zip(demos, completions)]
-        given = nn.ModuleList([reference, base])
+        given = nn.ModuleList([reference, base])  # a list of tensors would keep them whole
         data_hash = read.fingerprint(pairs, prompts, demos, [n], *given.state_dict().values())
         if state and state["data_hash"] != data_hash:
             raise ValueError("the run had other data, another model, or other --eval-prompts")
@@ -628,8 +628,8 @@ def shard(module: nn.Module) -> None:
 
 
 def whole(state):
-    """A state with whole tensors on the CPU in the place of shared out ones; in process 0 alone,
-    lest each hold all, but for single numbers."""
+    """A state with whole tensors on the CPU in the place of shared out ones. Process 0 alone keeps
+    them, to write them; the others get None, but for single numbers such as a norm."""
 
     def gathered(x: DTensor) -> Tensor | None:
         x = x.full_tensor()

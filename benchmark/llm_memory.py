@@ -5,8 +5,8 @@
     python benchmark/llm_memory.py --growth                   (ten minutes)
 
 The first prints a table in GB (10^9 bytes) of what a process of aihf_ppo_llm.py holds under FSDP2
-and bfloat16 autocast. Models of one and two layers run forward here, and every tensor that they
-save for backward is counted; the rest is arithmetic:
+and bfloat16 autocast. Models of one and two layers go forward in shapes alone, and every tensor
+that they save for backward is counted; the rest is arithmetic:
 
 - states: 4 bytes a parameter for policy, reference, reward and value, 4 for the gradients of two of
   them, 8 for Adam's moments of three; each process has its share.
@@ -122,12 +122,9 @@ def activations(name: str, rows: int, tokens: int, logits: int) -> tuple[float, 
     """Bytes, and bytes with --gradient-checkpointing: blocks keep their input (float32) alone, and
     one at a time computes the rest again."""
     row_layer, row, layer, rest = saved_per(name, tokens, logits)
-    layers, block, outside = (
-        CONFIGS[name].num_hidden_layers,
-        layer + rows * row_layer,
-        rest + rows * row,
-    )
-    inputs = 4 * rows * tokens * CONFIGS[name].hidden_size
+    block, outside = layer + rows * row_layer, rest + rows * row
+    layers, width = CONFIGS[name].num_hidden_layers, CONFIGS[name].hidden_size
+    inputs = 4 * rows * tokens * width
     return outside + layers * block, outside + layers * inputs + block
 
 
@@ -164,9 +161,8 @@ def run(flags: str, processes: int = 1) -> tuple[list[float], float]:
         while process.poll() is None:
             workers = [str(process.pid)]
             if processes > 1:
-                workers = (
-                    Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-                )
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+                workers = children.read_text().split()
             for worker in workers:
                 with contextlib.suppress(OSError):  # it has just ended
                     text = Path(f"/proc/{worker}/status").read_text()

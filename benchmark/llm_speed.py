@@ -7,7 +7,7 @@ matrix products that a step cannot do without.
     python benchmark/llm_speed.py --trl-ppo runs/trl_ppo
 
 prints a line for each measurement, then a table of medians over the rounds, and of the ratios to
-TRL round by round; writes benchmark/results/llm_speed.csv. Allow a quarter of an hour.
+TRL round by round; writes benchmark/results/llm_speed.csv. Allow half an hour.
 
 All take turns in every round, each measurement in a process of its own, on the same one core with
 one thread: the embedded model, float32, the same data, batches and lengths. The learning rate is

@@ -134,7 +134,7 @@ def open_run(args, script: str, writes: bool = True) -> Path:
         raise SystemExit(128 + signum)
 
     def crash(*error):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # lest the line come twice
         sys.__excepthook__(*error)
         say_how_to_carry_on()
 

@@ -90,17 +90,18 @@ def test_our_side_is_the_shipped_script_with_flags_it_has(speed, monkeypatch, li
     assert speed.measure_ours(library, args, seed=1) == pytest.approx(400)
 
 
-def test_missing_libraries_are_one_line_and_exit_code_2(monkeypatch, capsys):
+@pytest.mark.parametrize(("script", "library"), [("sac_speed", "sbx"), ("llm_speed", "trl")])
+def test_missing_libraries_are_one_line_and_exit_code_2(monkeypatch, capsys, script, library):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "sbx" else find_spec(name)
+        importlib.util, "find_spec", lambda name: None if name == library else find_spec(name)
     )
-    monkeypatch.setattr(sys, "argv", ["sac_speed.py"])
+    monkeypatch.setattr(sys, "argv", [script])
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        runpy.run_path(str(SCRIPT.with_name(f"{script}.py")), run_name="__main__")
     out, err = capsys.readouterr()
     assert (
         (end.value.code, out, err.count("\n")) == (2, "", 1)
         and "pip install -e '.[speed]'" in err
-        and "sbx" in err
+        and library in err
     )
