@@ -30,6 +30,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from data_gen import read
@@ -64,7 +65,7 @@ class Args:
     learning_rate: float = 1e-3  # Adam's (paper: 3e-3; the authors' code: 1e-3)
     anneal: bool = True  # let both learning rates fall linearly to 0 (paper: no)
     batch_size: int = 256  # transitions in an update (the authors' code: 100)
-    entropy_coefficient: str = "auto"  # β; auto: tuned to an entropy of -dim(A) (code: 0.2)
+    entropy_coefficient: float | None = None  # β; None: tuned to an entropy of -dim(A) (code: 0.2)
     gamma: float = 0.99  # discount
     tau: float = 0.005  # share of the Q networks that goes into their targets at each update
     hidden: tuple[int, ...] = (64, 64)  # hidden layers of every network (the paper's)
@@ -181,19 +182,21 @@ def main() -> None:
         data_hash = read.fingerprint(*tiers.values(), pairs)
 
         actor = Actor(obs_dim, act_dim, args.hidden).to(device)
+        # What is evaluated: a mean of policies, mostly the last tenth (Shamir, Zhang 2013, η = 9)
+        averaged = AveragedModel(actor, avg_fn=lambda a, b, n: a.lerp(b, 10 / (10 + n)))
         critics = Critics(obs_dim, act_dim, args.hidden).to(device)
-        tuned = args.entropy_coefficient == "auto"
-        sac = init_sac(actor, critics, 1.0 if tuned else float(args.entropy_coefficient))
-        update = make_sac_update(actor, critics, args.gamma, args.tau, -act_dim if tuned else None)
-        if None in (args.reward_range, args.demos_in_replay):  # can it end an episode by a fall?
-            length = play(env, actor, range(3), rng=np.random.default_rng(0))[2].min()
-            can_fall = length.item() < env.spec.max_episode_steps
-            args.reward_range = args.reward_range or ((0.0, 4.0) if can_fall else (-10.0, 10.0))
-            if args.demos_in_replay is None:
-                args.demos_in_replay = can_fall
+        sac = init_sac(actor, critics, args.entropy_coefficient or 1.0)
+        target_entropy = None if args.entropy_coefficient else -act_dim
+        update = make_sac_update(actor, critics, args.gamma, args.tau, target_entropy)
+        length = play(env, actor, range(3), rng=np.random.default_rng(0))[2].min().item()
+        can_fall = length < env.spec.max_episode_steps  # and so end an episode
+        args.reward_range = args.reward_range or ((0.0, 4.0) if can_fall else (-10.0, 10.0))
+        if args.demos_in_replay is None:
+            args.demos_in_replay = can_fall
         all_obs = np.concatenate([tier.obs for tier in tiers.values()])
         reward = Reward(all_obs, act_dim, args.hidden, args.reward_range).to(device)
         reward_optimizer = torch.optim.Adam(reward.parameters())
+        modules = {"averaged": averaged, "reward": reward, "reward_optimizer": reward_optimizer}
         widths = (obs_dim, act_dim, obs_dim, 1)  # a transition: s, a, s', whether it ended there
         known = len(tiers["high"].obs) if args.demos_in_replay and args.demo_weight else 0
         replay = np.zeros((known + args.total_timesteps, sum(widths)), np.float32)
@@ -209,8 +212,8 @@ def main() -> None:
             for net, tensors in state["sac"].items():
                 for key, tensor in tensors.items():
                     sac[net][key].copy_(tensor)
-            reward.load_state_dict(state["reward"])
-            reward_optimizer.load_state_dict(state["reward_optimizer"])
+            for name, learned in modules.items():
+                learned.load_state_dict(state[name])
             replay[known : known + len(state["replay"])] = state["replay"]
             recent, log, rng.bit_generator.state = state["recent"], state["log"], state["rng"]
         track = read.tracker(args)
@@ -261,6 +264,7 @@ def main() -> None:
                 noise = torch.from_numpy(noise).to(device)
                 for batch in zip(s, a, rewards, next_s, ended.squeeze(-1), noise):
                     losses = update(sac, learning_rate, *batch)
+                averaged.update_parameters(actor)
                 read.check_finite(step, run_dir, rewards=rewards, sac_losses=losses)
             bar.update(block)
 
@@ -300,7 +304,7 @@ def main() -> None:
         row["charts/episode_length"] = fresh[2].double().mean().item()
         row["charts/SPS"] = (step - first_step) / (time.perf_counter() - started)
         if iteration % args.eval_every == 0 or finished:
-            row |= evaluate(eval_env, actor, args.eval_episodes, reward)
+            row |= evaluate(eval_env, averaged.module, args.eval_episodes, reward)
             bar.set_postfix_str(f"true return {row['eval/return_mean']:.0f}")
         row["charts/wall_seconds"] = log[-1]["charts/wall_seconds"] + time.perf_counter() - started
         log.append(row)
@@ -310,12 +314,12 @@ def main() -> None:
         # ============================================================================= CHECKPOINT
         if iteration % args.checkpoint_every == 0 or finished:
             state = {"script": SCRIPT, "args": asdict(args), "data_hash": data_hash, "log": log}
-            state |= {"sac": sac, "reward": reward.state_dict(), "rng": rng.bit_generator.state}
-            state["reward_optimizer"] = reward_optimizer.state_dict()
-            state |= {"replay": torch.from_numpy(replay[known : known + step]), "recent": recent}
+            state |= {name: learned.state_dict() for name, learned in modules.items()}
+            state |= {"sac": sac, "rng": rng.bit_generator.state, "recent": recent}
+            state["replay"] = torch.from_numpy(replay[known : known + step])
             read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
     bar.close()
-    mean, std, *_ = evaluate(eval_env, actor, args.eval_episodes, reward).values()
+    mean, std, *_ = evaluate(eval_env, averaged.module, args.eval_episodes, reward).values()
     print(f"final true return {mean:.0f} ± {std:.0f}; python benchmark/plot.py {run_dir} draws it")
 
 
@@ -515,8 +519,6 @@ def parse_args() -> tuple[Args, dict]:
     low, high = args.reward_range or (0.0, 1.0)
     if args.gamma >= 1 or args.tau > 1 or not -math.inf < low < high < math.inf:
         raise ValueError("--gamma must be below 1, --tau at most 1, --reward-range ascending")
-    if args.entropy_coefficient != "auto" and not 0 < float(args.entropy_coefficient) < math.inf:
-        raise ValueError("--entropy-coefficient must be auto or a positive number")
     args.run_name = args.run_name or f"{args.env}__{SCRIPT[:-3]}__{args.seed}__{time.time_ns()}"
     return args, state
 

@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call, grad_and_value
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -216,18 +217,19 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         pair_split = hold_out(len(pairs), args.held_out_share, rng)
 
         actor = Actor(obs_dim, act_dim, args.hidden).to(device)
+        # What is evaluated: a mean of policies, mostly the last tenth (Shamir, Zhang 2013, η = 9)
+        averaged = AveragedModel(actor, avg_fn=lambda a, b, n: a.lerp(b, 10 / (10 + n)))
         critics = Critics(obs_dim, act_dim, args.hidden).to(device)
         sac = init_sac(actor, critics, args.kl_coefficient or INITIAL_BETA)
         sac["cloned"] = {key: p.clone() for key, p in sac["actor"].items()}  # stage 1's result
         target_entropy = None if args.kl_coefficient else -act_dim
         settings = args.gamma, args.tau, target_entropy, args.critic_warmup_steps
         update = make_sac_update(actor, critics, *settings)
-        if None in (args.reward_range, args.demos_in_replay):  # can it end an episode by a fall?
-            length = play(env, actor, range(3), rng=np.random.default_rng(0))[2].min()
-            can_fall = length.item() < env.spec.max_episode_steps
-            args.reward_range = args.reward_range or ((0.0, 4.0) if can_fall else (-10.0, 10.0))
-            if args.demos_in_replay is None:
-                args.demos_in_replay = can_fall
+        length = play(env, actor, range(3), rng=np.random.default_rng(0))[2].min().item()
+        can_fall = length < env.spec.max_episode_steps  # and so end an episode
+        args.reward_range = args.reward_range or ((0.0, 4.0) if can_fall else (-10.0, 10.0))
+        if args.demos_in_replay is None:
+            args.demos_in_replay = can_fall
         all_obs = np.concatenate([tier.obs for tier in tiers.values()])
         reward = Reward(all_obs, act_dim, args.hidden, args.reward_range).to(device)
         widths = (obs_dim, act_dim, obs_dim, 1)  # a transition: s, a, s', whether it ended there
@@ -246,6 +248,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
                     sac[net][key].copy_(tensor)
             if args.kl_coefficient:  # then β is a setting and no state: a flag given now wins
                 sac["beta"]["log"].fill_(math.log(args.kl_coefficient))
+            averaged.load_state_dict(state["averaged"])
             reward.load_state_dict(state["reward"])
             replay[known : known + len(state["replay"])] = state["replay"]
             stage, log, rng.bit_generator.state = state["stage"], state["log"], state["rng"]
@@ -268,7 +271,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         state = {"script": f"{SCRIPT} mujoco", "args": asdict(args), "data_hash": data_hash}
         state |= {"stage": stage, "log": log, "sac": sac, "reward": reward.state_dict()}
         state |= {"replay": torch.from_numpy(replay[known : known + step])}
-        state["rng"] = rng.bit_generator.state
+        state |= {"averaged": averaged.state_dict(), "rng": rng.bit_generator.state}
         read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
 
     # =============================== 1. BEHAVIOUR CLONING: π⁰ = argmax_π Σ log π(a|s) over τ ~ D
@@ -293,7 +296,8 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             actor.net[0].bias -= actor.net[0].weight @ mean
         for key, parameter in sac["actor"].items():
             sac["cloned"][key].copy_(parameter)
-        row |= evaluate(eval_env, actor, args.eval_episodes, reward)
+        averaged.update_parameters(actor)
+        row |= evaluate(eval_env, averaged.module, args.eval_episodes, reward)
         del row["eval/reward_correlation"]  # there is no reward yet
         print(f"cloned policy: true return {row['eval/return_mean']:.0f}")
         add_to_log(row, started)
@@ -324,7 +328,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             row["reward/preference_accuracy"] = train.mean().item()
             row["reward/held_out_accuracy"] = held_out.mean().item()
             row["reward/demonstrations"] = reward(data["high"]).mean().item()
-        scores = evaluate(eval_env, actor, args.eval_episodes, reward)
+        scores = evaluate(eval_env, averaged.module, args.eval_episodes, reward)
         row["eval/reward_correlation"] = scores["eval/reward_correlation"]
         print(f"reward model: {row['reward/held_out_accuracy']:.0%} of held-out pairs in order")
         add_to_log(row, started)
@@ -362,6 +366,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             noise = torch.from_numpy(noise).to(device)
             for batch in zip(s, a, rewards, next_s, ended.squeeze(-1), noise):
                 losses = update(sac, learning_rate, *batch)
+            averaged.update_parameters(actor)
             read.check_finite(step, run_dir, rewards=rewards, sac_losses=losses)
             bar.update(block)
         read.check_finite(step, run_dir, **sac["actor"])
@@ -378,7 +383,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         row["charts/episode_length"] = (step - first_step) / resets
         row["charts/SPS"] = (step - first_step) / (time.perf_counter() - started)
         if iteration % args.eval_every == 0 or finished:
-            row |= evaluate(eval_env, actor, args.eval_episodes, reward)
+            row |= evaluate(eval_env, averaged.module, args.eval_episodes, reward)
             bar.set_postfix_str(f"true return {row['eval/return_mean']:.0f}")
         add_to_log(row, started)
 
@@ -386,7 +391,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         if iteration % args.checkpoint_every == 0 or finished:
             save_checkpoint()
     bar.close()
-    mean, std, *_ = evaluate(eval_env, actor, args.eval_episodes, reward).values()
+    mean, std, *_ = evaluate(eval_env, averaged.module, args.eval_episodes, reward).values()
     print(f"final true return {mean:.0f} ± {std:.0f}; python benchmark/plot.py {run_dir} draws it")
 
 
@@ -452,8 +457,6 @@ class Critics(nn.Module):
         return torch.cat([self.q1(x), self.q2(x)], -1)
 
 
-# The state of SAC is a dict of dicts of tensors, {"actor": {name: parameter}, ...}, which an update
-# changes in place. It shares memory with the modules, so that these always hold the latest policy.
 def init_sac(actor: Actor, critics: Critics, beta: float) -> dict[str, dict[str, Tensor]]:
     """What an update changes in place, {"actor": {name: parameter}, ...}, sharing the modules'
     memory: these always hold the latest policy."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import tyro
+from torch.optim.swa_utils import AveragedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aihf_sac_mujoco import Actor
@@ -44,9 +45,9 @@ def load(run: Path, args: Args) -> tuple[gym.Env, Actor]:
     env = gym.make(state["args"]["env"], render_mode="rgb_array", **view)
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     shapes = env.observation_space.shape[0], env.action_space.shape[0]
-    actor = Actor(*shapes, tuple(state["args"]["hidden"]))
-    actor.load_state_dict(state["sac"]["actor"])
-    return env, actor
+    averaged = AveragedModel(Actor(*shapes, tuple(state["args"]["hidden"])))
+    averaged.load_state_dict(state["averaged"])
+    return env, averaged.module
 
 
 def film(env: gym.Env, actor: Actor, args: Args) -> list[np.ndarray]:

@@ -9,10 +9,12 @@ Drift                         a toy robot, env id helpers:Drift-v0; make_robot_d
 """
 
 import contextlib
+import copy
 import csv
 import fcntl
 import io
 import json
+import math
 import os
 import re
 import runpy
@@ -272,3 +274,12 @@ def make_robot_data(
 
 def change_json(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def mean_policy(networks):
+    """What SAC's scripts evaluate: of n networks number j, from 0, counts in proportion to
+    (j + 1) ... (j + 9), polynomial-decay averaging (Shamir and Zhang 2013)."""
+    weights, mean = [math.comb(j + 9, 9) for j in range(len(networks))], copy.deepcopy(networks[0])
+    for p, *parameters in zip(mean.parameters(), *(net.parameters() for net in networks)):
+        p.data = sum(w * q.data for w, q in zip(weights, parameters)) / sum(weights)
+    return mean

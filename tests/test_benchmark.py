@@ -111,9 +111,10 @@ def test_a_film_of_a_robots_run(tmp_path, monkeypatch):
     torch.manual_seed(0)
     actor, drawn = film.Actor(11, 3, (8,)), []
     run = write_run(tmp_path / "run", [{"charts/sac_steps": 0}], script="aihf_sac_mujoco.py")
-    sac = {"actor": {name: p.detach() for name, p in actor.named_parameters()}}
-    args = {"env": "Hopper-v4", "hidden": (8,)}
-    torch.save({"script": "aihf_sac_mujoco.py", "args": args, "sac": sac}, run / "checkpoint.pt")
+    averaged = {f"module.{name}": p.detach() for name, p in actor.named_parameters()}
+    state = {"sac": {}, "averaged": averaged | {"n_averaged": torch.tensor(9)}}
+    state |= {"script": "aihf_sac_mujoco.py", "args": {"env": "Hopper-v4", "hidden": (8,)}}
+    torch.save(state, run / "checkpoint.pt")
 
     def render(env):
         drawn.append(env.unwrapped.data.time)

@@ -333,11 +333,12 @@ def slow_rlhf(a: rlhf.MujocoArgs, folder: Path):
 
     def scores():
         returns, true, learned = [], [], []
+        player = helpers.mean_policy(policies)
         for seed in range(10_000, 10_000 + a.eval_episodes):
             env = gym.make("helpers:Drift-v0", disable_env_checker=True)
             obs, done, rewards = env.reset(seed=seed)[0], False, []
             while not done:
-                action = slow_action(actor, obs, [0.0, 0.0])
+                action = slow_action(player, obs, [0.0, 0.0])
                 learned.append(r(features(obs, action)).item())
                 obs, reward, terminated, truncated = step_robot(env, action)
                 rewards, done = [*rewards, reward], terminated or truncated
@@ -360,7 +361,7 @@ def slow_rlhf(a: rlhf.MujocoArgs, folder: Path):
                 start = int(row[f"start_{side}"])
                 sides.append(x[start : start + a.segment_length])
             pairs.append(sides if row["label"] == "1" else sides[::-1])
-    demos, step, iteration = tiers["high"], 0, 0
+    demos, step, iteration, policies = tiers["high"], 0, 0, []
     known = len(replay)
     episode_split, pair_split = split(len(demos)), split(len(pairs))
 
@@ -369,6 +370,9 @@ def slow_rlhf(a: rlhf.MujocoArgs, folder: Path):
         reward = {f"reward.net.{key}": p.detach().clone() for key, p in net.named_parameters()}
         reward |= {"reward.obs_mean": all_mean, "reward.obs_std": all_std}
         log = {f"log.{key}": float(value) for key, value in (counts | row).items()}
+        mean = helpers.mean_policy(policies).named_parameters()
+        reward |= {f"averaged.module.net.{key}": p.detach() for key, p in mean}
+        reward["averaged.n_averaged"] = torch.tensor(len(policies)).double()
         rest = {"stage": stage, "replay": torch.tensor(replay[known:]).double().view(-1, 9)}
         return sac.state() | reward | log | rest, copy.deepcopy(rng.bit_generator.state)
 
@@ -397,6 +401,7 @@ def slow_rlhf(a: rlhf.MujocoArgs, folder: Path):
             actor[0].weight[:, i] = weight[:, i] / std[i]
             actor[0].bias -= weight[:, i] * mean[i] / std[i]
     sac.cloned = copy.deepcopy(actor)
+    policies.append(sac.cloned)
     row |= scores()
     del row["eval/reward_correlation"]
     yield state(2, **row)
@@ -457,6 +462,7 @@ def slow_rlhf(a: rlhf.MujocoArgs, folder: Path):
                 with torch.no_grad():
                     rewards = r(features(s, action))
                 row = sac.update(rate, s, action, rewards, next_s, ended[:, 0], its_noise)
+            policies.append(copy.deepcopy(actor))
         iteration += 1
         played = np.array(replay[known + first :])
         r_policy = r(features(played[:, :3], played[:, 3:5])).detach()
@@ -507,7 +513,7 @@ def test_stages_equal_a_slow_reference(tmp_path, data, monkeypatch, changes):
             continue
         state = states.pop(0)
         assert state["rng"] == random_state  # the same random numbers were drawn
-        actual = {key: state[key] for key in ("sac", "reward", "replay", "stage")}
+        actual = {key: state[key] for key in ("sac", "averaged", "reward", "replay", "stage")}
         actual = helpers.leaves(actual | {"log": state["log"][number]})
         assert actual.pop("log.charts/wall_seconds") == sum([1, 1, 2, 2, 2][: number + 1])
         if number > 1:
@@ -605,6 +611,7 @@ def test_what_moves_in_which_stage(recorded):
     moved = [compare_checkpoints(a, b, ("args", "log", "rng")) for a, b in zip(states, states[1:])]
     always = {"sac.critics", "sac.targets", "sac.actor", "sac.critics_mean", "sac.critics_square"}
     always |= {"sac.actor_mean", "sac.actor_square", "sac.updates", "replay"}
+    always |= {"averaged.module", "averaged.n_averaged"}
     nets = [{".".join(name.split(".")[:2]) for name in names} for names in moved]
     assert nets == [{"reward.net", "stage"}, always, always, always]
     beta = states[-1]["sac"]["beta"]["log"].exp().item()
@@ -615,8 +622,11 @@ def test_what_moves_in_which_stage(recorded):
 @pytest.mark.parametrize("kl_coefficient, begins", [(0, 0.05), (3, 3)])
 def test_policy_and_beta_stand_still_in_warm_up(tmp_path, data, kl_coefficient, begins):
     flags = ["--kl-coefficient", kl_coefficient, "--critic-warmup-steps", 50]
-    state = load(run(tmp_path, data, *flags, "--total-timesteps", 50))["sac"]
+    state = load(run(tmp_path, data, *flags, "--total-timesteps", 50))
+    mean, state = state["averaged"], state["sac"]
     assert not compare_checkpoints(state["actor"], state["cloned"])
+    for name, p in state["cloned"].items():
+        assert (mean[f"module.{name}"] == p).all()
     assert all(moment.any() for moment in state["actor_mean"].values())  # but Adam goes on
     assert state["beta"]["log"].exp().item() == pytest.approx(begins)
     shutil.rmtree(tmp_path / "runs")

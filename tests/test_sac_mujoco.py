@@ -621,8 +621,8 @@ def slow_aihf(a: aihf.Args, folder: Path):
     net = network(5, *a.hidden, 1)
     for p in net.parameters():
         p.data *= SCALE
-    auto = a.entropy_coefficient == "auto"
-    beta = 1.0 if auto else float(a.entropy_coefficient)
+    auto = a.entropy_coefficient is None
+    beta = 1.0 if auto else a.entropy_coefficient
     sac = SlowSAC(actor, critics, copy.deepcopy(critics), beta, auto, a.gamma, a.tau)
     adam = torch.optim.Adam(net.parameters())
     rng, robot = np.random.default_rng(a.seed), SlowRobot()
@@ -668,7 +668,7 @@ def slow_aihf(a: aihf.Args, folder: Path):
             sides.append(features(obs, actions)[start : start + a.segment_length])
         pairs.append(sides if row["label"] == "1" else sides[::-1])
 
-    memory, step, env_steps, iteration = [], 0, 0, 0
+    memory, policies_of_blocks, step, env_steps, iteration = [], [], 0, 0, 0
     demos_too = a.demos_in_replay and a.demo_weight
     replay = slow_transitions(folder / "high.npz") if demos_too else []
     known = len(replay)
@@ -703,6 +703,7 @@ def slow_aihf(a: aihf.Args, folder: Path):
                         rewards = r(features(s, action))
                     rate = a.learning_rate * left
                     losses = sac.update(rate, s, action, rewards, next_s, ended, its_noise)
+                policies_of_blocks.append(copy.deepcopy(actor))
 
         seeds = rng.integers(2**31, size=a.rollout_steps_per_iteration)  # SAMPLE
         fresh = []
@@ -760,7 +761,8 @@ def slow_aihf(a: aihf.Args, folder: Path):
                 margins = margins / a.preference_temperature
                 row["reward/preference_loss"] = torch.log(1 + torch.exp(-margins)).mean()
         if iteration % a.eval_every == 0 or step == a.total_timesteps:
-            played = [SlowRobot().episode(actor, 10_000 + i, lambda: [0.0, 0.0]) for i in range(3)]
+            player = helpers.mean_policy(policies_of_blocks or [actor])
+            played = [SlowRobot().episode(player, 10_000 + i, lambda: [0.0, 0.0]) for i in range(3)]
             returns = [true_rewards.sum() for _, _, true_rewards in played]
             learned = [r(features(obs, actions)).detach().numpy() for obs, actions, _ in played]
             true_rewards = np.concatenate([true_rewards for *_, true_rewards in played])
@@ -775,6 +777,9 @@ def slow_aihf(a: aihf.Args, folder: Path):
             state[f"reward_optimizer.state.{i}.exp_avg"] = adam.state[p]["exp_avg"].clone()
             state[f"reward_optimizer.state.{i}.exp_avg_sq"] = adam.state[p]["exp_avg_sq"].clone()
             state[f"reward_optimizer.state.{i}.step"] = adam.state[p]["step"].double()
+        state["averaged.n_averaged"] = torch.tensor(len(policies_of_blocks)).double()
+        for key, p in helpers.mean_policy(policies_of_blocks or [actor]).named_parameters():
+            state[f"averaged.module.net.{key}"] = p.detach()
         state |= {
             "reward.obs_mean": torch.from_numpy(mean),
             "reward.obs_std": torch.from_numpy(std),
@@ -797,6 +802,9 @@ CHANGES = {
     "learning starts late": "--learning-starts 29 --checkpoint-every 2 --total-timesteps 58 "
     "--demos-in-replay False",
 }
+
+
+KEPT = ("sac", "averaged", "reward", "replay", "recent")
 
 
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
@@ -831,7 +839,7 @@ def test_loop_equals_a_slow_reference(tmp_path, data, monkeypatch, changes):
             continue
         state = states.pop(0)
         assert state["rng"] == random_state  # the same random numbers were drawn
-        actual = helpers.leaves({key: state[key] for key in ("sac", "reward", "replay", "recent")})
+        actual = helpers.leaves({key: state[key] for key in KEPT})
         actual |= {f"log.{iteration}.{key}": x for key, x in state["log"][iteration].items()}
         for i, moments in state["reward_optimizer"]["state"].items():
             actual |= {f"reward_optimizer.state.{i}.{key}": x for key, x in moments.items()}
@@ -1143,7 +1151,9 @@ def test_evaluate_prints_the_true_return(tmp_path, finished):
     code, out, err = run_script(SCRIPT, ["--evaluate", finished, "--eval-episodes", 3], tmp_path)
     assert code == 0 and files(finished) == before and not (tmp_path / "runs").exists(), err
     actor = aihf.Actor(3, 2, (8,))
-    actor.load_state_dict(load(finished)["sac"]["actor"])
+    averaged = torch.optim.swa_utils.AveragedModel(actor)
+    averaged.load_state_dict(load(finished)["averaged"])
+    actor = averaged.module
     episodes = [robot.episode(actor.net.double(), 10_000 + i, lambda: [0, 0]) for i in range(3)]
     returns = [true_rewards.sum() for *_, true_rewards in episodes]
     assert f"true return {np.mean(returns):.0f} ± {np.std(returns):.0f}" in out
@@ -1290,7 +1300,6 @@ BAD = [  # flags, and what the message has to say
     ("--threads 100000000000", "Overflow"),
     ("--entropy-coefficient inf", "--entropy-coefficient"),
     ("--learning-rate nan", "--learning-rate"),
-    ("--entropy-coefficient automatic", "automatic"),
     ("--learning-rate 1e300", "--learning-rate"),
     ("--total-timesteps 100000000000000", "allocate"),
     ("--batch-size=-1", "--batch-size"),
