@@ -3,7 +3,7 @@
 # Two single-threaded runs side by side (JOBS=2). Stopped or killed, the same command carries on.
 #     bash benchmark/figure3.sh [1|2|3|4|5]     one part only; then: python benchmark/figure3.py
 # 1: RLHF on three robots.  2: what each source of data gives.  3: fewer and worse preferences.
-# 4: RLHF as the paper's robots have it, without a KL penalty to the clone: SAC as in AIHF, with its entropy bonus.
+# 4: RLHF as the paper's robots have it, without a KL penalty to the clone or demonstrations in its replay: plain SAC.
 # 5: fewer demonstrations, 2 and 4 episodes instead of 10.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -30,7 +30,7 @@ runs() { # lines: env, method, variant, seed
 run() { # env method variant seed
   local name=figure3__$1__$2__$3__$4 script=aihf_sac_mujoco.py data=data_gen/assets/mujoco/$1 flags=()
   case $2 in rlhf*) script="rlhf_baseline.py mujoco" ;; esac
-  [ "$2" = rlhf-no-kl ] && flags=(--kl-coefficient 0 --learning-rate 1e-3)
+  [ "$2" = rlhf-no-kl ] && flags=(--kl-coefficient 0 --learning-rate 1e-3 --demos-in-replay False)
   [ "$2" = demonstrations-only ] && flags=(--preference-weight 0)
   [ "$2" = preferences-only ] && flags=(--demo-weight 0)
   case $3 in share* | flip* | demos*) data=runs/figure3_data/$1__$3 ;; esac

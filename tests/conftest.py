@@ -1,19 +1,10 @@
-"""The scripts are no package: put their folders on sys.path; leave torch as a test expects it."""
+"""The scripts are no package: their folders go on sys.path. Torch has one thread."""
 
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "data_gen"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), *(str(ROOT / name) for name in ("data_gen", "tests", "benchmark"))]
 torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def gradients_enabled():
-    """A script may switch autograd off when it runs; no test may pass that on to the next."""
-    torch.set_grad_enabled(True)
-    yield
-    torch.set_grad_enabled(True)

@@ -98,6 +98,7 @@ def run_process(argv: list, cwd: Path, **environment: str) -> tuple[int, str, st
 DRIVER = """
 import os, pkgutil, runpy, sys
 script, function, call, number = sys.argv[1:5]
+sys.path.insert(0, os.path.dirname(script))
 owner, _, name = function.rpartition(".")
 owner, calls = pkgutil.resolve_name(owner), 0
 original = getattr(owner, name)
@@ -109,7 +110,6 @@ def counting(*args, **kwargs):
     return original(*args, **kwargs)
 setattr(owner, name, counting)
 sys.argv = [script, *sys.argv[5:]]
-sys.path.insert(0, os.path.dirname(script))
 runpy.run_path(script, run_name="__main__")
 """
 
@@ -221,6 +221,17 @@ class Drift(MujocoEnv):
 
 
 gym.register("Drift-v0", Drift, max_episode_steps=12)
+
+
+def lie(monkeypatch) -> None:
+    """From here on the true reward of every step is nan."""
+    step = Drift.step
+
+    def lying_step(self, action):
+        obs, _, *rest = step(self, action)
+        return obs, math.nan, *rest
+
+    monkeypatch.setattr(Drift, "step", lying_step)
 
 
 def save_arrays(path: Path, **arrays) -> None:

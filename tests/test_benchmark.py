@@ -1,4 +1,4 @@
-"""benchmark/: pictures of runs, the collecting of runs into results/, and data that are worse.
+"""benchmark/: pictures of runs, the collecting of runs into results/.
 
 python -m pytest tests/test_benchmark.py
 """
@@ -296,83 +296,3 @@ def test_every_return_of_a_trial_is_committed():
             cells = line.replace("*", "").replace("−", "-").split("|")[4:10]
             for steps, cell in zip((0, 25, 50, 75, 100, 150), cells):
                 assert not cell.strip() or (named[1], 1000 * steps, int(cell)) in returns, line
-
-
-# ------------------------------------------------------------------------------------ worse data
-@pytest.fixture
-def source(tmp_path) -> Path:
-    return Path(shutil.copytree(HOPPER, tmp_path / "source"))
-
-
-def pairs_of(folder: Path) -> list[list[str]]:
-    return [line.split(",") for line in (folder / "pairs.csv").read_text().splitlines()[1:]]
-
-
-def vary(source: Path, name: str, *argv) -> tuple[int, str, str]:
-    argv = ("--data-dir", source, "--output-dir", name, *argv)
-    return execute("figure3_data.py", *argv, cwd=source.parent)
-
-
-def test_fewer_pairs_and_flipped_labels(source):
-    folder = source.parent
-    for name, argv in {
-        "whole": (),
-        "half": ("--share", 0.5),
-        "some": ("--share", 0.5, "--flip", 0.3),
-    }.items():
-        code, _, err = vary(source, name, *argv)
-        assert code == 0, err
-        manifest = json.loads((folder / name / "manifest.json").read_text())
-        assert manifest["counts"]["pairs"] == len(pairs_of(folder / name))
-        for tier in ("low", "medium", "high"):
-            kept = (folder / name / f"{tier}.npz").read_bytes()
-            assert kept == (source / f"{tier}.npz").read_bytes()
-    whole, half, some = (pairs_of(folder / name) for name in ("whole", "half", "some"))
-    assert whole == pairs_of(source) and len(half) == 1000 and all(pair in whole for pair in half)
-    assert [pair[:-1] for pair in some] == [pair[:-1] for pair in half]
-    assert sum(a != b for a, b in zip(half, some)) == 300
-
-
-def test_fewer_demonstrations(source):
-    assert vary(source, "two", "--demos", 2)[0] == 0
-    two = source.parent / "two"
-    assert (two / "pairs.csv").read_text() == (source / "pairs.csv").read_text()
-    high = json.loads((two / "manifest.json").read_text())["tiers"]["high"]
-    with np.load(two / "high.npz") as file, np.load(source / "high.npz") as every:
-        for name in every:
-            np.testing.assert_array_equal(file[name], every[name][: len(file[name])])
-        assert (file["terminations"] | file["truncations"]).sum() == 2 == high["episodes"]
-        assert len(file["actions"]) + 2 == len(file["observations"]) and high["steps"] == len(
-            file["actions"]
-        )
-        assert high["return_mean"] == pytest.approx(file["rewards"].sum() / 2, rel=1e-5)
-
-
-def test_variants_are_nested():
-    import figure3_data
-
-    pairs = [{"start_a": str(i), "label": str(i % 2)} for i in range(200)]
-    small, large = (figure3_data.vary(pairs, share, 0.0, 1) for share in (0.1, 0.3))
-    assert len(small) == 20 and len(large) == 60 and all(pair in large for pair in small)
-    flipped = [figure3_data.vary(pairs, 1.0, flip, 1) for flip in (0.1, 0.3)]
-    few, many = ({row["start_a"] for row in rows if row not in pairs} for rows in flipped)
-    assert len(few) == 20 and len(many) == 60 and few < many
-    assert figure3_data.vary(pairs, 0.5, 0.0, 1) != figure3_data.vary(pairs, 0.5, 0.0, 2)
-
-
-@pytest.mark.parametrize(
-    "flags, fragment",
-    [
-        ("--share 0", "--share"),
-        ("--flip 1.5", "--flip"),
-        ("--share 0.0001", "--share"),
-        ("--demos 0", "--demos"),
-        ("--demos 99", "not 99"),
-        ("--data-dir nowhere", "nowhere"),
-        ("--output-dir source", "--output-dir"),
-    ],
-)
-def test_bad_variants(source, flags, fragment):
-    code, out, err = vary(source, "out", *flags.split())
-    assert (code, out, err.count("\n")) == (2, "", 1) and fragment in err
-    assert {path.name for path in source.parent.iterdir()} == {"source"}

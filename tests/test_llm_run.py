@@ -415,13 +415,13 @@ def test_other_data_and_other_weights_are_refused(tmp_path, script, world):
     assert {name: files(folder)[name] for name in before} == before
 
 
-@pytest.mark.parametrize("raw", [b"", b"PK", "cut", "robot"], ids=str)
+@pytest.mark.parametrize("raw", ["cut", "robot"])
 def test_damaged_checkpoint(tmp_path, script, finished, raw):
     path = finished / "checkpoint.pt"
     if raw == "robot":
         torch.save(load(finished) | {"script": "aihf_sac_mujoco.py"}, path)
     else:
-        path.write_bytes(path.read_bytes()[:-1000] if raw == "cut" else raw)
+        path.write_bytes(path.read_bytes()[:-1000])
     before, fragment = files(finished), "no checkpoint of" if raw == "robot" else "damaged"
     for flag in ("--resume", "--evaluate"):
         result = run_script(script.module, [*script.command, flag, finished], tmp_path)
@@ -688,17 +688,6 @@ def test_training_cannot_see_the_ground_truth(tmp_path, script, world, plain):
     assert weights(folder) == weights(plain)
 
 
-@pytest.mark.parametrize("kind", ["demonstrations", "preferences"])
-def test_weight_0_reads_no_such_file(tmp_path, script, world, kind):
-    if script.module is rlhf_baseline:
-        pytest.skip("it has no such weights")
-    short = {"demonstrations": "--demo-weight", "preferences": "--preference-weight"}[kind]
-    flags = [short, 0, f"--{kind}", "nowhere.jsonl", script.steps, 1, "--ground-truth-path="]
-    assert not {f"eval/{x}" for x in TRUTH} & {*metrics(run(script, tmp_path, world, *flags))[0]}
-    result = execute(script, tmp_path, world, "--demo-weight", 0, "--preference-weight", 0)
-    assert_one_line_error(result, "--demo-weight and --preference-weight")
-
-
 def test_rlhf_leaves_out_what_is_given(tmp_path, world):
     """A policy from SFT and a trained reward model: neither stage, nor the files that they read."""
     script = SCRIPTS["rlhf"]
@@ -722,10 +711,11 @@ def test_other_models(tmp_path, script, world):
         rlhf="--append-eos --reward-model-path NEOX",
     )
     flags = options.replace("NEOX", str(world / "neox")).split()
-    flags += ["--model-name-or-path", world / "llama", script.steps, 1]
+    flags += ["--model-name-or-path", world / "llama", script.steps, 1, "--ground-truth-path="]
     for name in ("demonstrations", "preferences", "prompts"):
         flags += [f"--{name}", tmp_path / f"{name}.jsonl"]
-    assert float(metrics(run(script, tmp_path, world, *flags))[-1]["eval/kl"]) != 0
+    row = metrics(run(script, tmp_path, world, *flags))[-1]
+    assert float(row["eval/kl"]) != 0 and not {f"eval/{name}" for name in TRUTH} & {*row}
 
 
 def test_activations_computed_anew_change_nothing(tmp_path, script, world, plain):
@@ -838,12 +828,12 @@ def edited(name: str, edit):
     return change
 
 
-def no_token(name: str, *columns: str):
-    """A tokenizer to which a zero-width space is nothing, and a row that holds nothing else."""
+def no_token(world: Path, folder: Path) -> list:
+    """A tokenizer to which a zero-width space is nothing, and a completion of nothing else."""
     nothing = {"type": "Replace", "pattern": {"String": "\u200b"}, "content": ""}
-    edit = edited("tokenizer.json", lambda raw: raw.update(normalizer=nothing))
-    changes = changed_model(edit), changed_row(name, **dict.fromkeys(columns, "\u200b"))
-    return lambda world, folder: [x for change in changes for x in change(world, folder)]
+    model = changed_model(edited("tokenizer.json", lambda raw: raw.update(normalizer=nothing)))
+    row = changed_row("demonstrations", completion="\u200b")
+    return model(world, folder) + row(world, folder)
 
 
 def without_tokenizer(folder: Path):
@@ -851,51 +841,34 @@ def without_tokenizer(folder: Path):
         path.unlink()
 
 
+HEADLESS = without_a_weight("classifier.out_proj.weight")
 LARGE = edited("tokenizer.json", lambda raw: raw["model"]["vocab"].update(zzzz=9999))
 ENDLESS = edited("tokenizer_config.json", lambda raw: raw.update(eos_token=None))
-HALF = "film \ud83d plot"
-BAD = {  # flags, or what makes them of the world and a folder; what the line has to say
+BAD = {  # flags, or what makes them of the world and a folder; the line. More of it: test_read.py
     "no model": (["--model-name-or-path", "./nowhere"], "./nowhere"),
     "no judge": (["--ground-truth-path", "a/b/nowhere"], "nowhere"),
     "no file": (["--preferences", "nowhere.jsonl"], "nowhere.jsonl"),
-    "few demonstrations": (["--num-demonstrations", 25], "demonstrations.jsonl has 24 rows"),
-    "few preferences": (["--num-preferences", 25], "preferences.jsonl has 24 rows"),
     "few prompts": (["--eval-prompts", 25], "--eval-prompts"),
     "no completion": (changed_row("demonstrations", completion=None), "jsonl row 4"),
     "no rejected": (changed_row("preferences", rejected=" "), "preferences.jsonl row 4"),
     "a number": (changed_row("prompts", prompt=4), "prompts.jsonl row 4"),
-    "half a character, demonstration": (changed_row("demonstrations", prompt=HALF), "row 4"),
-    "half a character, preference": (changed_row("preferences", chosen=HALF), "row 4"),
-    "half a character, prompt": (changed_row("prompts", prompt=HALF), "row 4 holds half a"),
-    "no token, prompt": (no_token("prompts", "prompt"), "prompts.jsonl row 4"),
-    "no token, completion": (no_token("demonstrations", "completion"), "jsonl row 4"),
-    "no token, rejected": (no_token("preferences", "rejected"), "jsonl row 4"),
+    "no token": (no_token, "demonstrations.jsonl row 4"),
     "no tokenizer": (changed_model(without_tokenizer), "changed"),
     "no weight": (changed_model(without_a_weight("transformer.h.0.ln_1.weight")), "h.0.ln_1.w"),
-    "no weight, judge": (
-        changed_model(
-            without_a_weight("classifier.out_proj.weight"), "ground-truth-path", "roberta"
-        ),
-        "lacks classifier.out_proj.weight",
-    ),
+    "no weight, judge": (changed_model(HEADLESS, "ground-truth-path", "roberta"), "lacks class"),
     "large tokenizer": (changed_model(LARGE), "more tokens than its model"),
     "no end token": (changed_model(ENDLESS), "no end-of-text token"),
     "long texts": (["--response-length", 81], "reads 96 tokens"),
     "an untrained judge": (lambda world, _: ["--ground-truth-path", world / "gpt2"], "gpt2"),
     "other vocabulary": (lambda world, _: ["--sft-model-path", world / "llama"], "vocabular"),
-    "nan": (["--learning-rate", "nan"], "--learning-rate"),
-    "negative": (["--eval-every", -1], "--eval-every"),
     "zero": (["--batch-size", 0], "--batch-size"),
-    "seed": (["--seed", 2**64], "--seed"),
-    "learning rate": (["--learning-rate", "1e300"], "--learning-rate"),
     "threads": (["--threads", 10**11], ""),
-    "name": (["--run-name", "../../x"], "--run-name"),
     "unwritable": (lambda world, _: ["--runs-dir", world / "prompts.jsonl"], "prompts.jsonl"),
-    "no run": (["--resume", "nowhere"], "nowhere"),
 }
 BAD_PPO = {  # of the scripts that have these flags
     "minibatches": (["--minibatch-size", 3], "--batch-size must be a multiple"),
     "gamma": (["--gamma", 1.5], "--gamma"),
+    "nothing": (["--demo-weight", 0, "--preference-weight", 0], "nothing to learn"),
     "no reward model": (["--reward-model-path", "./nowhere"], "./nowhere"),
 }
 
@@ -909,7 +882,7 @@ def test_bad_input(tmp_path, script, world, case):
     flags = flags(world, tmp_path) if callable(flags) else flags
     (tmp_path / "cwd").mkdir()
     assert_one_line_error(execute(script, tmp_path / "cwd", world, *flags), fragment)
-    assert not list((tmp_path / "cwd").iterdir()) and not (tmp_path / "x").exists()
+    assert not list((tmp_path / "cwd").iterdir())
 
 
 def test_tracking_is_asked_for_and_may_refuse(tmp_path, script, world, monkeypatch):

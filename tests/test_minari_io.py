@@ -204,7 +204,6 @@ BAD_FILES = {  # more of them in test_read.py
     "missing arrays": ({"truncations": None, "actions": None}, "no array actions, truncations"),
     "no rewards": ({"rewards": None}, "no array rewards"),
     "objects": ({"rewards": np.array([None] * 5)}, "cannot read .*Object arrays"),
-    "nan": ({"observations": np.full((7, 4), np.nan)}, "observations is not finite.* row 0"),
     "a flag more": ({"terminations": flat()["terminations"] | [1, 0, 0, 0, 0]}, "3 ends need 8"),
 }
 
@@ -255,14 +254,9 @@ def test_dataset_there_already_or_missing_and_negative_cap(refused, cli, tmp_pat
     refused("--episodes must not be negative", "from-minari", episodes=-1)
 
 
-BAD_EPISODES = {
+BAD_EPISODES = {  # likewise
     "nan": ({"rewards": np.array([0, np.nan, 0])}, "rewards is not finite.* row 1"),
-    "huge": ({"actions": np.full((3, 1), 1e300)}, "actions .*huge"),
-    "no flag": ({"terminations": np.zeros(3, bool)}, "last step is no end"),
     "early flag": ({"truncations": np.array([True, False, False])}, "2 ends need 5"),
-    "half a flag": ({"truncations": np.full(3, 0.5)}, "truncations is neither 0"),
-    "T observations": ({"observations": np.zeros((3, 4))}, "1 ends need 4 .*not 3"),
-    "lengths": ({"actions": np.zeros((2, 1))}, "different lengths"),
     "width": ({"observations": np.zeros((4, 5))}, "array dimensions"),
 }
 

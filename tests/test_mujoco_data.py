@@ -354,9 +354,6 @@ POSITIVE += "batch_size threads learning_starts hidden"
         ({"seed": -1}, "--seed"),
         ({"seed": 2**64}, "--seed"),
         ({"env": "NoSuchRobot-v4"}, "NoSuchRobot"),
-        ({"env": "Hopper-v3"}, "v3"),
-        ({"env": "CartPole-v1"}, "CartPole-v1"),
-        ({"env": "Pendulum-v1"}, "Pendulum-v1"),
         # The default for Hopper is 400,000 steps, which is no multiple of 30,000.
         ({"env": "Hopper-v4", "total_timesteps": 0, "checkpoint_every": 30_000}, "--checkpoint-"),
         ({"output_dir": "file"}, "file"),

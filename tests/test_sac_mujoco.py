@@ -5,7 +5,6 @@ error or more.
 """
 
 import copy
-import csv
 import functools
 import json
 import math
@@ -14,7 +13,6 @@ import re
 import shutil
 import signal
 import sys
-import time
 import types
 from dataclasses import fields
 from pathlib import Path
@@ -23,6 +21,7 @@ import gymnasium as gym
 import helpers
 import numpy as np
 import pytest
+import slow_robot as slow
 import torch
 import tyro
 from helpers import (
@@ -39,6 +38,7 @@ from helpers import (
     run_script,
     save_arrays,
 )
+from slow_robot import close
 from torch import nn
 
 import aihf_sac_mujoco as aihf
@@ -53,13 +53,6 @@ SCRIPT = ROOT / "aihf_sac_mujoco.py"
 OBS_DIM, ACT_DIM, HIDDEN, BATCH, GAMMA, TAU = 3, 2, (8, 7), 16, 0.9, 0.05
 FORMS = ("discounted", "mean")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Gymnasium's, on v4 robots
-
-
-def close(actual, expected, tolerance, name=None):
-    message = (lambda text: f"{name}: {text}") if name else None
-    torch.testing.assert_close(
-        actual, expected, rtol=tolerance, atol=tolerance, msg=message, equal_nan=True
-    )
 
 
 def normal(*shape, seed=0):
@@ -151,11 +144,8 @@ def test_gap_and_its_gradient_g1(form):
     close(gap, slow_gap(), 1e-5)
     g1 = autograd(gap, reward.parameters())
     assert max(gradient.abs().max() for gradient in g1) > 0.1
-    for slow in (
-        autograd(slow_gap(), reward.parameters()),
-        finite_differences(slow_gap, list(reward.parameters())),
-    ):
-        close(g1, tuple(slow), 1e-5)
+    for gradient, its in zip(g1, autograd(slow_gap(), reward.parameters()), strict=True):
+        close(gradient, its, 1e-5)
     close(aihf.demonstration_gap(reward, demos, demos).item(), 0.0, 1e-12)
     close(aihf.demonstration_gap(reward, rollouts, demos), -gap, 1e-12)
     close(aihf.demonstration_gap(reward, weighted(DEMOS * 2, form), rollouts), gap, 1e-5)
@@ -189,16 +179,7 @@ def test_preference_likelihood_and_its_gradient_g2():
     half = aihf.preference_log_likelihood(Linear(linear.theta.detach() / 2.5), PREFERRED, OTHER, 1)
     assert warm.item() == pytest.approx(half.item(), rel=1e-12) != value.item()
 
-    reward = new_reward()
-    gradients = autograd(
-        aihf.preference_log_likelihood(reward, PREFERRED, OTHER, 3.0), reward.parameters()
-    )
-    slow = finite_differences(
-        lambda: aihf.preference_log_likelihood(reward, PREFERRED, OTHER, 3.0),
-        list(reward.parameters()),
-    )
-    close(gradients, tuple(slow), 1e-8)
-    equal = aihf.preference_log_likelihood(reward, OTHER, OTHER, 1.0).item()
+    equal = aihf.preference_log_likelihood(new_reward(), OTHER, OTHER, 1.0).item()
     assert equal == pytest.approx(-math.log(2))
 
 
@@ -212,13 +193,7 @@ def test_preference_likelihood_is_finite_when_a_probability_underflows():
 
 def test_slope_penalty():
     x, direction = normal(6, 3), torch.tensor([0.6, 0.0, -0.8], dtype=torch.float64)
-    for slope in (
-        0.0,
-        0.5,
-        0.99,
-        1.5,
-        7.0,
-    ):  # the 1e-12 under the root changes the penalty by 1e-12
+    for slope in (0.0, 0.5, 0.99, 1.5, 7.0):  # the 1e-12 under the root is seen nowhere
         linear = Linear(slope * direction)
         penalty = aihf.slope_penalty(linear, x)
         assert penalty.item() == pytest.approx(max(slope - 1, 0) ** 2, abs=1e-9)
@@ -237,8 +212,10 @@ def test_slope_penalty():
     assert slopes().min() < 1 < slopes().max()  # some points count and some do not
     penalty = aihf.slope_penalty(reward, points)
     assert penalty.item() == pytest.approx(slow().item(), rel=1e-9)
-    gradients = autograd(penalty, reward.net[0].parameters())
-    close(gradients, tuple(finite_differences(slow, list(reward.net[0].parameters()))), 1e-6)
+    parameters = list(reward.net[0].parameters())
+    gradients = zip(autograd(penalty, parameters), finite_differences(slow, parameters))
+    for gradient, difference in gradients:
+        close(gradient, difference, 1e-6)
 
 
 def test_between_draws_points_on_lines():
@@ -295,19 +272,6 @@ def constant_actor(mean, log_std):
     return actor
 
 
-@pytest.mark.parametrize("mean, std", [(0.0, 0.5), (0.4, 0.3), (-1.2, 0.4)])
-def test_log_prob_is_the_log_of_a_density(mean, std):
-    action = torch.linspace(-1, 1, 200_001, dtype=torch.float64)[1:-1]
-    noise, obs = (torch.atanh(action) - mean) / std, torch.zeros(len(action), 1).double()
-    sampled, log_prob = constant_actor(mean, math.log(std))(obs, noise[:, None])
-    close(sampled[:, 0], action, 1e-10)
-    density = log_prob.detach().exp()
-    assert torch.trapezoid(density, action).item() == pytest.approx(1, abs=1e-6)
-    cumulative = torch.cumulative_trapezoid(density, action)
-    expected = torch.distributions.Normal(0.0, 1.0).cdf(noise[1:])
-    close(cumulative, expected, 1e-6)  # P(action < a) = Φ((atanh(a) - mean) / std)
-
-
 @pytest.mark.parametrize("u", [-100.0, -20.0, -0.001, 0.0, 3.0, 20.0, 100.0])
 def test_log_prob_is_stable_far_out(u):
     actor, zero = constant_actor(u, 0.0).float(), torch.zeros(1, 1)
@@ -328,94 +292,7 @@ def test_log_std_is_clipped(log_std, used):
     assert action.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_act_equals_forward_and_without_noise_is_the_mode():
-    torch.manual_seed(0)
-    actor, obs = aihf.Actor(OBS_DIM, ACT_DIM, HIDDEN), normal(BATCH, OBS_DIM)
-    noise = normal(BATCH, ACT_DIM, seed=1).float()
-    expected, log_prob = actor(obs.float(), noise)
-    assert expected.shape == (BATCH, ACT_DIM) and log_prob.shape == (BATCH,)
-    for i in range(BATCH):
-        action = actor.act(obs[i].numpy(), noise[i].numpy())
-        assert action.dtype == np.float32
-        close(torch.from_numpy(action), expected[i].detach(), 1e-6)
-        mode = torch.tanh(actor.net(obs[i].float())[:ACT_DIM]).detach()
-        close(torch.from_numpy(actor.act(obs[i].numpy(), 0.0)), mode, 1e-6)
-
-
 # ------------------------------------------------------------------------------------------- SAC
-def slow_policy(actor, obs, noise):
-    """Actions and their log-probability from torch.distributions."""
-    mean, log_std = actor(obs).split(noise.shape[-1], dim=-1)
-    std = log_std.clamp(-20, 2).exp()
-    u = mean + std * noise
-    log_prob = torch.distributions.Normal(mean, std).log_prob(u) - torch.log(1 - u.tanh() ** 2)
-    return torch.tanh(u), log_prob.sum(-1)
-
-
-class SlowSAC:
-    """SAC with modules, autograd and torch.optim, in float64."""
-
-    def __init__(self, actor, critics, targets, beta, auto_beta, gamma=GAMMA, tau=TAU):
-        self.actor, self.critics, self.targets = actor, critics, targets
-        self.log_beta = torch.tensor(math.log(beta), dtype=torch.float64, requires_grad=True)
-        self.auto_beta, self.gamma, self.tau, self.updates = auto_beta, gamma, tau, 0
-        critic_parameters = [p for critic in critics for p in critic.parameters()]
-        groups = (actor.parameters(), critic_parameters, [self.log_beta])
-        self.optimizers = [torch.optim.Adam(group) for group in groups]
-
-    def q(self, critics, obs, action):
-        return [critic(torch.cat([obs, action], -1))[:, 0] for critic in critics]
-
-    def descend(self, optimizer, loss):
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    def update(self, learning_rate, obs, action, reward, next_obs, terminated, noise):
-        for optimizer in self.optimizers:
-            optimizer.param_groups[0]["lr"] = float(learning_rate)
-        beta, self.updates = math.exp(self.log_beta.item()), self.updates + 1
-        with torch.no_grad():
-            next_action, next_log_prob = slow_policy(self.actor, next_obs, noise[0])
-            next_q = torch.minimum(*self.q(self.targets, next_obs, next_action))
-            future = self.gamma * (next_q - beta * next_log_prob)
-            backup = torch.where(terminated == 1, reward, reward + future)
-        q1, q2 = self.q(self.critics, obs, action)
-        q_loss = nn.functional.mse_loss(q1, backup) + nn.functional.mse_loss(q2, backup)
-        self.descend(self.optimizers[1], q_loss)
-
-        new_action, log_prob = slow_policy(self.actor, obs, noise[1])
-        new_q = torch.minimum(*self.q(self.critics, obs, new_action))
-        policy_loss = (beta * log_prob - new_q).mean()
-        self.descend(self.optimizers[0], policy_loss)
-        if self.auto_beta:  # haarnoja's loss of β: its entropy tends to -dim(A)
-            entropy_excess = -log_prob.detach().mean() + noise.shape[-1]
-            self.descend(self.optimizers[2], self.log_beta * entropy_excess)
-        with torch.no_grad():
-            for critic, target in zip(self.critics, self.targets):
-                for p, target_p in zip(critic.parameters(), target.parameters()):
-                    target_p.copy_((1 - self.tau) * target_p + self.tau * p)
-        losses = [q_loss, policy_loss, -log_prob.mean(), (q1.mean() + q2.mean()) / 2]
-        return torch.stack(losses).detach()
-
-    def state(self):
-        """Names and tensors as the script's checkpoint has them."""
-        nets = {"actor": {f"net.{k}": p for k, p in self.actor.named_parameters()}}
-        nets["critics"], nets["targets"] = (
-            {f"q{i}.{k}": p for i, q in enumerate(pair, 1) for k, p in q.named_parameters()}
-            for pair in (self.critics, self.targets)
-        )
-        nets["beta"] = {"log": self.log_beta}
-        state = {"updates.count": torch.tensor(float(self.updates)).double()}
-        for net, optimizer in zip(("actor", "critics", "beta"), self.optimizers):
-            for key, p in nets[net].items():
-                moments = optimizer.state.get(p, {})
-                for moment, torch_name in (("mean", "exp_avg"), ("square", "exp_avg_sq")):
-                    state[f"{net}_{moment}.{key}"] = moments.get(torch_name, torch.zeros_like(p))
-        state |= {f"{net}.{key}": p for net, params in nets.items() for key, p in params.items()}
-        return {key: tensor.detach().clone() for key, tensor in state.items()}
-
-
 def new_sac(beta=0.3, dtype=torch.float64):
     """The modules, and the state of SAC with other target networks than critics."""
     torch.manual_seed(0)
@@ -428,21 +305,10 @@ def new_sac(beta=0.3, dtype=torch.float64):
     return actor, critics, sac
 
 
-def slow_copy(actor, critics, sac, auto_beta, beta=0.3):
-    targets = aihf.Critics(OBS_DIM, ACT_DIM, HIDDEN).double()
-    targets.load_state_dict(sac["targets"])
-    nets = copy.deepcopy((actor.net, [critics.q1, critics.q2], [targets.q1, targets.q2]))
-    return SlowSAC(*nets, beta, auto_beta)
-
-
-def new_batch(seed=0, terminated=None):
-    draws = (
-        normal(BATCH, n, seed=10 * seed + i) for i, n in enumerate((OBS_DIM, ACT_DIM, OBS_DIM))
-    )
-    obs, action, next_obs = draws
-    ends = (
-        (torch.arange(BATCH) % 3 == 0) if terminated is None else torch.full((BATCH,), terminated)
-    )
+def new_batch(seed):
+    sizes = enumerate((OBS_DIM, ACT_DIM, OBS_DIM))
+    obs, action, next_obs = (normal(BATCH, n, seed=10 * seed + i) for i, n in sizes)
+    ends = torch.arange(BATCH) % 3 == 0
     noise, reward = normal(2, BATCH, ACT_DIM, seed=10 * seed + 4), normal(BATCH, seed=10 * seed + 3)
     learning_rate = torch.tensor(1e-3 / (1 + seed)).double()  # of this update: it is annealed
     return learning_rate, obs, action.tanh(), reward, next_obs, ends.double(), noise
@@ -452,40 +318,22 @@ def new_batch(seed=0, terminated=None):
 @pytest.mark.parametrize("auto_beta", [True, False])
 def test_update_equals_a_slow_sac(auto_beta):
     actor, critics, sac = new_sac()
-    slow, before = slow_copy(actor, critics, sac, auto_beta), copy.deepcopy(sac)
+    nets = copy.deepcopy((actor.net, [critics.q1, critics.q2]))
+    its, before = slow.SAC(*nets, 0.3, auto_beta, GAMMA, TAU), copy.deepcopy(sac)
+    targets = aihf.Critics(OBS_DIM, ACT_DIM, HIDDEN).double()
+    targets.load_state_dict(sac["targets"])
+    its.targets = [targets.q1, targets.q2]
     target_entropy = -ACT_DIM if auto_beta else None
     update = aihf.make_sac_update(actor, critics, GAMMA, TAU, target_entropy)
     for seed in range(8):
         batch = new_batch(seed)
-        close(update(sac, *batch), slow.update(*batch), 1e-7)
-    expected = slow.state()
+        close(update(sac, *batch), its.update(*batch)[:4], 1e-7)
+    expected = its.state()
     assert expected.keys() == helpers.leaves(sac).keys()
     for name, value in helpers.leaves(sac).items():
         close(value, expected[name], 1e-7, name)
         fixed = name.startswith("beta") and not auto_beta
         assert torch.equal(value, helpers.leaves(before)[name]) == fixed, name
-
-
-@pytest.mark.parametrize("target_entropy, change", [(100.0, 1e-3), (-100.0, -1e-3)])
-def test_beta_rises_when_the_entropy_is_below_its_target(target_entropy, change):
-    actor, critics, sac = new_sac()
-    before = sac["beta"]["log"].item()
-    aihf.make_sac_update(actor, critics, GAMMA, TAU, target_entropy)(sac, *new_batch())
-    assert sac["beta"]["log"].item() - before == pytest.approx(change, rel=1e-6)
-
-
-@pytest.mark.parametrize("terminated", [1, 0])
-def test_backup_ends_at_a_termination_and_goes_on_past_a_truncation(terminated):
-    actor, critics, sac = new_sac()
-    learning_rate, obs, action, reward, next_obs, ends, noise = new_batch(terminated=terminated)
-    slow = slow_copy(actor, critics, sac, True)
-    next_action, log_prob = slow_policy(slow.actor, next_obs, noise[0])
-    future = torch.minimum(*slow.q(slow.targets, next_obs, next_action)) - 0.3 * log_prob
-    backup = reward + (0 if terminated else GAMMA * future)
-    expected = sum(((q - backup) ** 2).mean() for q in slow.q(slow.critics, obs, action)).item()
-    update = aihf.make_sac_update(actor, critics, GAMMA, TAU, None)
-    losses = update(sac, learning_rate, obs, action, reward, next_obs, ends, noise)
-    assert losses[0].item() == pytest.approx(expected, rel=1e-6)  # 0.3 was made in float32
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -552,94 +400,24 @@ TOLERANCE = 2e-5  # relative and absolute
 SCALE = 2.5  # of the reward's first weights, so that the penalty on slopes above 1 is at work
 
 
-class SlowRobot:
-    """Drift and its time limit of 12 steps; actions in [-1, 1]."""
-
-    def __init__(self):
-        self.env = gym.make("helpers:Drift-v0", disable_env_checker=True)
-        self.low, self.high = np.array([-1.0, -2.0]), np.array([0.5, 1.0])
-
-    def reset(self, **seed):
-        return self.env.reset(**seed)[0]
-
-    def step(self, action):
-        return self.env.step(self.low + (action + 1) / 2 * (self.high - self.low))[:4]
-
-    def episode(self, actor, seed, noise):
-        """Observations, actions and true rewards of an episode; noise() before each action."""
-        obs, done, steps = self.reset(seed=int(seed)), False, []
-        while not done:
-            action = slow_action(actor, obs, noise())
-            next_obs, true_reward, terminated, truncated = self.step(action)
-            steps.append((obs, action, true_reward))
-            obs, done = next_obs, terminated or truncated
-        return [np.array(column) for column in zip(*steps)]
-
-
-def slow_action(actor, obs, noise):
-    with torch.no_grad():
-        return slow_policy(actor, torch.from_numpy(obs), torch.as_tensor(noise).double())[0].numpy()
-
-
-def slow_episodes(path):
-    """Read an episode file: a list of (observations, actions), the latter in [-1, 1]."""
-    file, episodes, steps, position = np.load(path), [], [], 0
-    low, high = np.array([-1.0, -2.0]), np.array([0.5, 1.0])
-    for t, action in enumerate(file["actions"].astype(float)):
-        obs = file["observations"][position].astype(float)
-        steps.append((obs, (action - (low + high) / 2) / ((high - low) / 2)))
-        position += 1
-        if file["terminations"][t] or file["truncations"][t]:
-            episodes.append([np.array(column) for column in zip(*steps)])
-            steps, position = [], position + 1
-    return episodes
-
-
-def slow_transitions(path):
-    """Read an episode file: a list of [*observation, *action, *next observation, terminated]."""
-    file, episode, rows = np.load(path), 0, []
-    steps = [step for one in slow_episodes(path) for step in zip(*one)]
-    for t, (obs, action) in enumerate(steps):
-        next_obs = file["observations"][t + episode + 1].astype(float)
-        rows.append([*obs, *action, *next_obs, float(file["terminations"][t])])
-        episode += file["terminations"][t] or file["truncations"][t]
-    return rows
-
-
 def slow_aihf(a: aihf.Args, folder: Path):
     """Algorithm 1, a state after each iteration; the script's random numbers in its order."""
 
-    def network(*sizes):
-        layers = [
-            layer for pair in zip(sizes, sizes[1:]) for layer in (nn.Linear(*pair), nn.ReLU())
-        ]
-        return nn.Sequential(*layers[:-1]).double()
-
     torch.manual_seed(a.seed)
-    actor = network(3, *a.hidden, 4)
-    critics = [network(5, *a.hidden, 1), network(5, *a.hidden, 1)]
-    net = network(5, *a.hidden, 1)
+    actor = slow.network(3, *a.hidden, 4)
+    *critics, net = (slow.network(5, *a.hidden, 1) for _ in range(3))
     for p in net.parameters():
         p.data *= SCALE
     auto = a.entropy_coefficient is None
     beta = 1.0 if auto else a.entropy_coefficient
-    sac = SlowSAC(actor, critics, copy.deepcopy(critics), beta, auto, a.gamma, a.tau)
+    sac = slow.SAC(actor, critics, beta, auto, a.gamma, a.tau)
     adam = torch.optim.Adam(net.parameters())
-    rng, robot = np.random.default_rng(a.seed), SlowRobot()
+    rng, robot = np.random.default_rng(a.seed), slow.Robot()
 
     used = (["high"] if a.demo_weight else []) + (["medium", "low"] if a.preference_weight else [])
-    tiers = {tier: slow_episodes(folder / f"{tier}.npz") for tier in used}
-    all_obs = np.concatenate([obs for tier in tiers.values() for obs, _ in tier])
-    mean, std = all_obs.mean(0), all_obs.std(0)
-    std[2] = 1.0  # Drift's third observation is a constant
-
-    def features(obs, actions):
-        standard = ((np.asarray(obs) - mean) / std).clip(-10, 10)
-        return torch.from_numpy(np.concatenate([standard, actions], -1))
-
-    def r(x):
-        low, high = a.reward_range
-        return low + (high - low) / (1 + torch.exp(-4 / (high - low) * net(x)[..., 0]))
+    tiers = {tier: slow.episodes(folder / f"{tier}.npz") for tier in used}
+    r = slow.Reward(net, tiers, a.reward_range)
+    features = r.features
 
     def mean_return(policies):
         """The mean of R(τ) over policies' trajectories, each policy alike, by steps drawn."""
@@ -659,18 +437,11 @@ def slow_aihf(a: aihf.Args, folder: Path):
         [features(*e) for tier in used[:1] if demos for e in tiers[tier]]
         or [features(*e) for tier in used for e in tiers[tier]]
     )
-    pairs = []
-    for row in csv.DictReader(open(folder / "pairs.csv")) if a.preference_weight else ():
-        sides = []
-        for side in "ab":
-            obs, actions = tiers[row[f"tier_{side}"]][int(row[f"episode_{side}"])]
-            start = int(row[f"start_{side}"])
-            sides.append(features(obs, actions)[start : start + a.segment_length])
-        pairs.append(sides if row["label"] == "1" else sides[::-1])
+    pairs = slow.pairs(folder, tiers, features, a.segment_length) if a.preference_weight else []
 
     memory, policies_of_blocks, step, env_steps, iteration = [], [], 0, 0, 0
     demos_too = a.demos_in_replay and a.demo_weight
-    replay = slow_transitions(folder / "high.npz") if demos_too else []
+    replay = slow.transitions(folder / "high.npz") if demos_too else []
     known = len(replay)
     while step < a.total_timesteps:
         left = 1 - step / a.total_timesteps if a.anneal else 1
@@ -683,7 +454,7 @@ def slow_aihf(a: aihf.Args, folder: Path):
                 if step < a.learning_starts:
                     action = rng.uniform(-1, 1, 2)
                 else:
-                    action = slow_action(actor, obs, rng.standard_normal(2, np.float32))
+                    action = slow.act(actor, obs, rng.standard_normal(2, np.float32))
                 next_obs, _, terminated, truncated = robot.step(action)
                 replay.append([*obs, *action, *next_obs, terminated])
                 obs = robot.reset() if terminated or truncated else next_obs
@@ -762,14 +533,7 @@ def slow_aihf(a: aihf.Args, folder: Path):
                 row["reward/preference_loss"] = torch.log(1 + torch.exp(-margins)).mean()
         if iteration % a.eval_every == 0 or step == a.total_timesteps:
             player = helpers.mean_policy(policies_of_blocks or [actor])
-            played = [SlowRobot().episode(player, 10_000 + i, lambda: [0.0, 0.0]) for i in range(3)]
-            returns = [true_rewards.sum() for _, _, true_rewards in played]
-            learned = [r(features(obs, actions)).detach().numpy() for obs, actions, _ in played]
-            true_rewards = np.concatenate([true_rewards for *_, true_rewards in played])
-            row |= {"eval/return_mean": np.mean(returns), "eval/return_std": np.std(returns)}
-            row["eval/length_mean"] = len(true_rewards) / 3
-            correlation = np.corrcoef(np.concatenate(learned), true_rewards)[0, 1]
-            row["eval/reward_correlation"] = correlation
+            row |= slow.scores(player, r, a.eval_episodes)
 
         state = {f"sac.{name}": tensor for name, tensor in sac.state().items()}
         for i, (key, p) in enumerate(net.named_parameters()):
@@ -780,10 +544,8 @@ def slow_aihf(a: aihf.Args, folder: Path):
         state["averaged.n_averaged"] = torch.tensor(len(policies_of_blocks)).double()
         for key, p in helpers.mean_policy(policies_of_blocks or [actor]).named_parameters():
             state[f"averaged.module.net.{key}"] = p.detach()
-        state |= {
-            "reward.obs_mean": torch.from_numpy(mean),
-            "reward.obs_std": torch.from_numpy(std),
-        }
+        state["reward.obs_mean"] = torch.from_numpy(r.mean)
+        state["reward.obs_std"] = torch.from_numpy(r.std)
         state["replay"] = torch.tensor(replay[known:], dtype=torch.float64)
         for i, one in enumerate(memory):
             for part in range(2):
@@ -868,7 +630,7 @@ def test_learning_ranks_the_data_and_closes_the_gap(tmp_path, data, monkeypatch,
     code, out, err = run_script(aihf, [*flags.split(), "--data-dir", data], tmp_path)
     assert code == 0, err
     state = load(tmp_path / "runs/run")
-    tiers = [slow_episodes(data / f"{tier}.npz") for tier in ("low", "medium", "high")]
+    tiers = [slow.episodes(data / f"{tier}.npz") for tier in ("low", "medium", "high")]
     reward = aihf.Reward(np.ones((2, 3), np.float32), 2, (16,), (0.0, 4.0))
     reward.load_state_dict(state["reward"])
     low, medium, high = (
@@ -951,14 +713,10 @@ def test_as_a_user_with_the_script_and_read_copied_away(tmp_path):
 
 
 def test_a_seed_gives_a_run_its_name_and_its_bits(tmp_path, data, plain):
-    assert_same_run(run(tmp_path, data), plain)
+    flags = [*TINY, "--data-dir", data, "--total-timesteps", 30, "--seed", 2, "--run-name", ""]
     for _ in range(2):
-        flags = [*TINY, "--data-dir", data, "--total-timesteps", 30, "--seed", 2]
-        flags = [flag for flag in flags if flag not in ("--run-name", "run")]
         assert run_script(SCRIPT, flags, tmp_path)[0] == 0
-    one, two = (
-        tmp_path / "runs" / name for name in os.listdir(tmp_path / "runs") if "__2__" in name
-    )
+    one, two = (folder for folder in (tmp_path / "runs").iterdir() if "__2__" in folder.name)
     assert_same_run(one, two)
     assert compare_checkpoints(load(one)["log"][1], load(plain)["log"][1])
 
@@ -985,12 +743,13 @@ def test_compiling_changes_nothing(tmp_path, data, plain, monkeypatch, compiler)
     assert_same_run(tmp_path / "runs" / "run", plain)
 
 
-def test_tracking_is_asked_for_and_may_refuse(tmp_path, data, monkeypatch):
+def test_tracking_is_asked_for(tmp_path, data, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # to import it would raise
     folder, calls = run(tmp_path, data, "--total-timesteps", 30), []
     shutil.rmtree(folder)
     result = run_script(SCRIPT, [*TINY, "--data-dir", data, "--track"], tmp_path)
     assert_one_line_error(result, "wandb")
+    assert not folder.exists()
     wandb = types.SimpleNamespace(init=lambda **k: calls.append(k))
     wandb.log = lambda row, step: calls.append((step, row))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -1000,37 +759,17 @@ def test_tracking_is_asked_for_and_may_refuse(tmp_path, data, monkeypatch):
     assert [step for step, _ in logged] == [30, 60]
     for (_, row), written in zip(logged, metrics(folder)[1:]):
         assert {k: f"{v:.9g}" for k, v in row.items()} == {k: v for k, v in written.items() if v}
-    shutil.rmtree(folder)
-
-    def refuse(**settings):
-        raise RuntimeError("no API key\nlog in first")
-
-    wandb.init = refuse
-    result = run_script(SCRIPT, [*TINY, "--data-dir", data, "--track"], tmp_path)
-    assert_one_line_error(result, "no API key log in first")
-    assert not folder.exists()
 
 
 def test_training_cannot_see_the_true_reward(tmp_path, data, plain, monkeypatch):
-    make, rng = gym.make, np.random.default_rng(7)
-
-    class Liar(gym.Wrapper):
-        def step(self, action):
-            obs, _, *rest = self.env.step(action)
-            return obs, 1e6 * rng.standard_normal(), *rest
-
-    monkeypatch.setattr(gym, "make", lambda *args, **kwargs: Liar(make(*args, **kwargs)))
-    folder = run(tmp_path, data)
-    assert_same_run(folder, plain, without="eval/")
-    assert metrics(folder)[-1]["eval/return_mean"] != metrics(plain)[-1]["eval/return_mean"]
-
-
-def test_rewards_in_the_data_are_not_read(tmp_path, data, plain):
+    """Neither the robot's nor that of the data."""
+    helpers.lie(monkeypatch)
     shutil.copytree(data, tmp_path / "data")
-    save_arrays(tmp_path / "data" / "high.npz", rewards=None)
-    for tier in ("low", "medium"):
-        save_arrays(tmp_path / "data" / f"{tier}.npz", rewards=np.full(3, np.nan))
-    assert_same_run(run(tmp_path, tmp_path / "data"), plain)
+    for tier in ("low", "medium", "high"):
+        save_arrays(tmp_path / "data" / f"{tier}.npz", rewards=None)
+    folder = run(tmp_path, tmp_path / "data")
+    assert_same_run(folder, plain, without="eval/")
+    assert metrics(folder)[-1]["eval/return_mean"] == "nan"
 
 
 @pytest.mark.parametrize(
@@ -1041,39 +780,37 @@ def test_rewards_in_the_data_are_not_read(tmp_path, data, plain):
     ],
 )
 def test_weight_zero_needs_no_data(tmp_path, data, flag, names):
-    """Demonstrations, or preferences, of weight 0 may be damaged or none at all: the same bits."""
-    folders, columns = [], {"--demo-weight": "reward/gap"}.get(flag, "reward/preference_loss")
-    for kind in ("given", "damaged", "absent"):
-        shutil.copytree(data, tmp_path / kind / "data")
-        for name in names:
-            if kind != "given":
-                (tmp_path / kind / "data" / name).unlink()
-            if kind == "damaged":
-                (tmp_path / kind / "data" / name).write_text("nothing")
-        flags = ["--total-timesteps", 60, flag, 0]
-        folders.append(run(tmp_path / kind, tmp_path / kind / "data", *flags))
-    assert_same_run(folders[0], folders[1])
-    assert_same_run(folders[0], folders[2])
-    assert columns not in metrics(folders[0])[0]
+    """Demonstrations, or preferences, of weight 0 may be missing: the same bits."""
+    folders, column = [], {"--demo-weight": "reward/gap"}.get(flag, "reward/preference_loss")
+    for kind in ("given", "absent"):
+        its_data = shutil.copytree(data, tmp_path / kind / "data")
+        for name in names if kind == "absent" else ():
+            (its_data / name).unlink()
+        folders.append(run(tmp_path / kind, its_data, "--total-timesteps", 60, flag, 0))
+    assert_same_run(*folders)
+    assert column not in metrics(folders[0])[0]
 
 
 # ------------------------------------------------------------------------- kill, resume, evaluate
 # Calls of os.replace: args.json, metrics.csv of iterations 1 and 2, checkpoint of 2, metrics.csv of
 # 3 and 4, checkpoint of 4. An iteration has 3 steps of the reward's Adam and 30 updates of SAC.
 @pytest.mark.parametrize(
-    "function, call, rows",
+    "function, call, rows, by",
     [
-        ("torch.optim:Adam.step", 2, 0),  # before the first checkpoint
-        ("torch.func.functional_call", 483, 3),  # in iteration 4, metrics.csv being younger
-        ("os.replace", 7, 4),  # the last checkpoint written, but not yet under its name
+        ("torch.optim:Adam.step", 2, 0, signal.SIGINT),  # before the first checkpoint
+        ("torch.optim:Adam.step", 8, 2, signal.SIGINT),  # in iteration 3
+        ("torch.func.functional_call", 483, 3, signal.SIGKILL),  # in 4, metrics.csv being younger
+        ("os.replace", 7, 4, signal.SIGKILL),  # the last checkpoint written, not yet under its name
     ],
 )
-def test_kill_and_resume(tmp_path, data, plain, function, call, rows):
+def test_kill_and_resume(tmp_path, data, plain, function, call, rows, by):
     flags, folder = [*TINY, "--data-dir", data], tmp_path / "runs" / "run"
-    code, out, err = killed_at(function, call, SCRIPT, flags, tmp_path)
-    assert code == -signal.SIGKILL, (out, err)
+    code, out, err = killed_at(function, call, SCRIPT, flags, tmp_path, by)
+    assert code == (130 if by == signal.SIGINT else -by) and "Traceback" not in err, (out, err)
+    if by == signal.SIGINT:
+        assert ("--resume runs/run" if rows else "nothing is saved") in out
     assert rows == len(metrics(folder)[1:]) if rows else not (folder / "metrics.csv").exists()
-    if rows < 3:  # no checkpoint: the run may begin again under its name
+    if not rows:  # no checkpoint: the run may begin again under its name
         assert_one_line_error(run_script(SCRIPT, ["--resume", folder], tmp_path), "no checkpoint")
         run(tmp_path, data)
     else:
@@ -1085,54 +822,16 @@ def test_kill_and_resume(tmp_path, data, plain, function, call, rows):
     assert {path.name for path in folder.iterdir()} == {path.name for path in plain.iterdir()}
 
 
-def test_two_writers_and_a_kill_from_outside(tmp_path, data):
-    """The second process is refused while the first writes, and carries on once that is dead."""
-    flags = [*TINY, "--data-dir", data, "--total-timesteps", 240, "--checkpoint-every", 1]
-    folder = tmp_path / "runs" / "run"
-    (tmp_path / "whole").mkdir()
-    whole = run(tmp_path / "whole", data, "--total-timesteps", 240, "--checkpoint-every", 1)
-    first = helpers.start_process([SCRIPT, *flags], tmp_path)
-    while not (folder / "checkpoint.pt").exists() and first.poll() is None:
-        time.sleep(0.01)
-    os.kill(first.pid, signal.SIGSTOP)
-    os.waitpid(first.pid, os.WUNTRACED)
-    before = files(folder)
-    for argv in (["--resume", folder], flags):
-        refused = run_script(SCRIPT, argv, tmp_path)
-        assert_one_line_error(refused, "another process")
-    assert files(folder) == before
-    first.kill()
-    first.communicate()
-    code, out, err = run_script(SCRIPT, ["--resume", folder], tmp_path)
-    assert code == 0, (out, err)
-    assert_same_run(folder, whole)
-
-
-@pytest.mark.parametrize("call, saved", [(2, False), (8, True)])
-def test_interrupt_says_how_to_carry_on(tmp_path, data, plain, monkeypatch, call, saved):
-    step, calls = torch.optim.Adam.step, []
-
-    def interrupted(self, *args):
-        calls.append(1)
-        if len(calls) == call:
-            signal.raise_signal(signal.SIGINT)
-        return step(self, *args)
-
-    monkeypatch.setattr(torch.optim.Adam, "step", interrupted)
-    code, out, err = run_script(SCRIPT, [*TINY, "--data-dir", data], tmp_path)
-    assert code == 130 and ("--resume runs/run" in out) == saved and "Traceback" not in err
-    again = ["--resume", "runs/run"] if saved else [*TINY, "--data-dir", data]
-    assert run_script(SCRIPT, again, tmp_path)[0] == 0
-    assert_same_run(tmp_path / "runs/run", plain)
-
-
-def test_resuming_a_finished_run_changes_nothing(tmp_path, finished):
-    before = files(finished)
-    code, out, err = run_script(SCRIPT, ["--resume", finished], tmp_path)
-    after = files(finished)
-    assert code == 0 and after.pop("args.json") != before.pop("args.json") and after == before, err
-    true_return = float(metrics(finished)[-1]["eval/return_mean"])
-    assert f"final true return {true_return:.0f}" in out
+def test_a_finished_run_is_evaluated_and_resumed(tmp_path, finished):
+    """Which changes nothing but, by the latter, its arguments."""
+    before, row = files(finished), metrics(finished)[-1]
+    mean, std = (float(row[f"eval/return_{name}"]) for name in ("mean", "std"))
+    for flag, changed in (("--evaluate", set()), ("--resume", {"args.json"})):
+        code, out, err = run_script(SCRIPT, [flag, finished], tmp_path)
+        assert code == 0 and f"final true return {mean:.0f} ± {std:.0f};" in out, (out, err)
+        after = files(finished)
+        assert {name for name in before | after if before[name] != after[name]} == changed
+        assert not (tmp_path / "runs").exists()
 
 
 def test_flags_beside_resume_win(tmp_path, finished, plain):
@@ -1144,19 +843,6 @@ def test_flags_beside_resume_win(tmp_path, finished, plain):
     kept = {"gamma": 0.99, "segment_length": 4, "learning_rate": 0.003, "demo_weight": 2.0}
     assert {name: state["args"][name] for name in kept} == kept
     assert metrics(finished)[:5] == metrics(plain)
-
-
-def test_evaluate_prints_the_true_return(tmp_path, finished):
-    before, robot = files(finished), SlowRobot()
-    code, out, err = run_script(SCRIPT, ["--evaluate", finished, "--eval-episodes", 3], tmp_path)
-    assert code == 0 and files(finished) == before and not (tmp_path / "runs").exists(), err
-    actor = aihf.Actor(3, 2, (8,))
-    averaged = torch.optim.swa_utils.AveragedModel(actor)
-    averaged.load_state_dict(load(finished)["averaged"])
-    actor = averaged.module
-    episodes = [robot.episode(actor.net.double(), 10_000 + i, lambda: [0, 0]) for i in range(3)]
-    returns = [true_rewards.sum() for *_, true_rewards in episodes]
-    assert f"true return {np.mean(returns):.0f} ± {np.std(returns):.0f}" in out
 
 
 def test_other_data_is_refused(tmp_path, data):
@@ -1177,19 +863,18 @@ def test_other_data_is_refused(tmp_path, data):
 
 
 # -------------------------------------------------------------------------- disks and numbers
-@pytest.mark.parametrize("broken", ["fsync", "save"])
-def test_full_disk(tmp_path, data, plain, monkeypatch, broken):
+def test_full_disk(tmp_path, data, plain, monkeypatch):
     """One line, the checkpoint before it whole, no temporary file; and the run carries on."""
-    original, calls = {"fsync": os.fsync, "save": torch.save}[broken], []
+    save, calls = torch.save, []
 
     def full(*args):
         calls.append(1)
-        if len(calls) == {"fsync": 7, "save": 2}[broken]:  # of the last checkpoint
+        if len(calls) == 2:  # of the last checkpoint
             raise OSError(28, "No space left on device")
-        return original(*args)
+        return save(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(os if broken == "fsync" else torch, broken, full)
+        patched.setattr(torch, "save", full)
         result = run_script(SCRIPT, [*TINY, "--data-dir", data], tmp_path)
     folder = tmp_path / "runs" / "run"
     assert_one_line_error(result, "checkpoint.pt", "No space left", code=1)
@@ -1209,8 +894,6 @@ def nan(sac, losses, net=None):
     "net, at, step, names",
     [
         (None, 90, 90, "sac_losses"),
-        ("critics", 70, 90, "sac_losses"),
-        ("actor", 85, 90, "sac_losses"),
         ("actor", 120, 120, "actor|net.*|reward_objective"),
         ("reward", 8, 90, "reward_objective"),
         ("reward", 9, 120, "rewards"),
@@ -1261,7 +944,6 @@ def register(name, **attributes):
 
 
 BOX = gym.spaces.Box
-register("Unbounded", action_space=BOX(-np.inf, np.inf, (2,)))
 register("Half", action_space=BOX(np.zeros(2, np.float32), np.float32([1, np.inf])))
 register("Dict", observation_space=gym.spaces.Dict(observation=BOX(-1, 1, (3,))))
 register("Pixels", observation_space=BOX(0, 255, (8, 8, 3), np.uint8))
@@ -1271,45 +953,29 @@ register("Endless")
 BAD = [  # flags, and what the message has to say
     *(
         (f"--env {name}-v0 --env-id {name}-v0", f"{name}-v0 is not a MuJoCo robot")
-        for name in ("Unbounded", "Half", "Dict", "Pixels", "Discrete", "Endless")
+        for name in ("Half", "Dict", "Pixels", "Discrete", "Endless")
     ),
-    ("--env CartPole-v1", "CartPole-v1"),
     ("--env Pendulum-v1", "is not a MuJoCo robot"),
     ("--env NoSuchRobot-v4", "NoSuchRobot"),
-    ("--env nosuchmodule:Hopper-v4", "nosuchmodule"),
     ("--env InvertedPendulum-v4", "another robot"),
     ("--data-dir nowhere", "data_gen/mujoco_data.py"),
     ("--segment-length 7", "--segment-length 7"),
     ("--demo-weight 0 --preference-weight 0", "nothing to learn"),
-    ("--run-name ../../x", "plain name"),
-    ("--run-name ..", "plain name"),
-    ("--evaluate nowhere", "no checkpoint"),
-    ("--resume nowhere", "no checkpoint"),
     ("--runs-dir a_file", "a_file"),
     ("--gamma 1", "--gamma"),
     ("--tau 1.5", "--tau"),
     ("--reward-range 4 0", "--reward-range"),
-    ("--hidden 8 0", "--hidden"),
     ("--reward-range 1 1", "--reward-range"),
     ("--reward-range 0 nan", "--reward-range"),
     ("--reward-range -inf 0", "--reward-range"),
     ("--entropy-coefficient 0", "--entropy-coefficient"),
-    ("--entropy-coefficient=-1", "--entropy-coefficient"),
-    ("--seed 18446744073709551616", "--seed"),
-    ("--entropy-coefficient nan", "--entropy-coefficient"),
     ("--threads 100000000000", "Overflow"),
-    ("--entropy-coefficient inf", "--entropy-coefficient"),
-    ("--learning-rate nan", "--learning-rate"),
-    ("--learning-rate 1e300", "--learning-rate"),
     ("--total-timesteps 100000000000000", "allocate"),
-    ("--batch-size=-1", "--batch-size"),
-    (f"--total-timesteps {'9' * 400}", "--total-timesteps"),
-    ("--gradient-penalty inf", "--gradient-penalty"),
 ]
 
 
 @pytest.mark.parametrize("flags, fragment", BAD, ids=[flags[:45] for flags, _ in BAD])
-def test_bad_input(tmp_path, data, monkeypatch, flags, fragment):
+def test_bad_input(tmp_path, data, flags, fragment):
     """One line, exit code 2, and nothing written."""
     (tmp_path / "a_file").write_text("a file")
     result = run_script(SCRIPT, [*TINY, "--data-dir", data, *flags.split()], tmp_path)
@@ -1317,31 +983,25 @@ def test_bad_input(tmp_path, data, monkeypatch, flags, fragment):
     assert files(tmp_path) == {"a_file": b"a file"} and len(list(tmp_path.iterdir())) == 1
 
 
-BAD_RUNS = {  # what is done to checkpoint.pt, and what the message has to say
-    "missing": (lambda path: path.unlink(), "no checkpoint"),
-    "empty": (lambda path: path.write_bytes(b""), "damaged"),
-    "cut off": (lambda path: path.write_bytes(path.read_bytes()[:-3000]), "damaged"),
-    "a text": (lambda path: path.write_text("hello"), "damaged"),
-    "a pickle": (lambda path: torch.save(Path("x"), path), "damaged"),
-    "a tensor": (lambda path: torch.save(torch.zeros(3), path), "no checkpoint of"),
-    "another script's": (lambda path: torch.save({"script": "other.py"}, path), "no checkpoint of"),
-    "without its replay": (lambda path: change_state(path, lambda s: s.pop("replay")), "replay"),
-    "without a network": (lambda path: change_state(path, lambda s: s["reward"].clear()), "Reward"),
-    "of a foreign argument": (
-        lambda path: change_state(path, lambda s: s["args"].update(x=1)),
-        "x",
-    ),
-    "of other networks": (
-        lambda path: change_state(path, lambda s: s["args"].update(hidden=(9,))),
-        "size",
-    ),
-}
-
-
 def change_state(path, change):
     state = torch.load(path)
     change(state)
     torch.save(state, path)
+
+
+def with_args(**values):
+    return lambda path: change_state(path, lambda state: state["args"].update(values))
+
+
+BAD_RUNS = {  # what is done to checkpoint.pt, and what the message has to say
+    "missing": (lambda path: path.unlink(), "no checkpoint"),  # more of them in test_read.py
+    "cut off": (lambda path: path.write_bytes(path.read_bytes()[:-3000]), "damaged"),
+    "another script's": (lambda path: torch.save({"script": "other.py"}, path), "no checkpoint of"),
+    "without its replay": (lambda path: change_state(path, lambda s: s.pop("replay")), "replay"),
+    "without a network": (lambda path: change_state(path, lambda s: s["reward"].clear()), "Reward"),
+    "of a foreign argument": (with_args(x=1), "x"),
+    "of other networks": (with_args(hidden=(9,)), "size"),
+}
 
 
 @pytest.mark.parametrize("spoil, fragment", BAD_RUNS.values(), ids=BAD_RUNS)

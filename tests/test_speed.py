@@ -1,0 +1,163 @@
+"""benchmark/sac_speed.py, llm_speed.py and llm_memory.py, without the libraries that they measure:
+their tables, what they ask of our scripts, the arithmetic of memory against what is easily counted.
+
+python -m pytest tests/test_speed.py      (half a minute; nothing is trained)
+"""
+
+import csv
+import importlib.util
+import runpy
+import sys
+from pathlib import Path
+
+import llm_memory
+import llm_speed
+import pytest
+import sac_speed
+import tyro
+
+import aihf_sac_mujoco as aihf
+
+ROOT = Path(__file__).parents[1]
+
+
+# ------------------------------------------------------------------------------------------ robots
+def rows(hidden: str, **speeds: list[float]) -> list[dict]:
+    """Rows of three rounds; libraries not named run at 1 step a second."""
+    found = []
+    for name in sac_speed.TURNS:
+        for number, value in enumerate(speeds.get(name.replace("-", "_"), [1.0, 1.0, 1.0]), 1):
+            found.append(dict(zip(sac_speed.COLUMNS, (name, hidden, 256, number, value))))
+    return found
+
+
+def test_summary_takes_the_median_of_the_rounds_ratios():
+    text = sac_speed.summary(rows("64x64", aihf=[100, 400, 900], sb3=[10, 200, 100]))
+    cells = {line[:30].strip(): line[30:].split() for line in text.splitlines()}
+    assert cells["aihf"] == ["400", "100", "900"] and cells["sb3"] == ["100", "10", "200"]
+    assert cells["aihf / sb3"] == ["9.00", "10.00", "2.00", "9.00"]  # not 400 / 100
+    assert cells["aihf / sbx"] == ["400.00", "100.00", "400.00", "900.00"]
+
+
+def test_save_replaces_only_the_rows_of_the_same_networks_and_batch(tmp_path):
+    path = tmp_path / "results" / "sac_speed.csv"
+    for hidden, value in (("64x64", 1), ("256x256", 2), ("64x64", 3)):
+        sac_speed.save(path, rows(hidden, aihf=[value] * 3))
+    assert path.read_text().splitlines()[0] == "library,hidden,batch,round,steps_per_second"
+    with open(path, newline="") as file:
+        read = [row for row in csv.DictReader(file) if row["library"] == "aihf"]
+    found = [(row["hidden"], row["steps_per_second"]) for row in read]
+    assert found == [("256x256", "2")] * 3 + [("64x64", "3")] * 3
+
+
+@pytest.mark.parametrize(("library", "iteration"), [("aihf", 5_000), ("aihf-lower-level", 20_000)])
+def test_our_side_is_the_shipped_script_with_flags_it_has(monkeypatch, library, iteration):
+    ours = aihf.BLOCK, aihf.Args.policy_steps_per_iteration, aihf.Args.rollout_memory
+    assert (sac_speed.BLOCK, sac_speed.ITERATION, sac_speed.MEMORY) == ours
+
+    def run(script, *flags):
+        """Stands in for the run: what it would log, at 1 step a second while it warms up, then at
+        300 and 600."""
+        asked = tyro.cli(aihf.Args, args=flags)
+        assert (ROOT / script).is_file() and asked.compile and asked.threads == 1
+        assert (asked.policy_steps_per_iteration, asked.batch_size) == (iteration, 64)
+        assert asked.hidden == (256, 256)
+        first = asked.total_timesteps - 20_000
+        assert asked.learning_starts == 49_000 < 50_000 <= first and first % iteration == 0
+        folder = Path(asked.runs_dir) / asked.run_name
+        folder.mkdir()
+        rows = ("charts/sac_steps,charts/SPS", "0,", f"{first},1", f"{first + 1},300")
+        (folder / "metrics.csv").write_text("\n".join((*rows, f"{first + 2},600\n")))
+        return ""
+
+    monkeypatch.setattr(sac_speed, "run", run)
+    args = sac_speed.Args(hidden=(256, 256), batch_size=64, steps=20_000)
+    # 2 iterations of n steps in n / 300 + n / 600 seconds
+    assert sac_speed.measure_ours(library, args, seed=1) == pytest.approx(400)
+
+
+@pytest.mark.parametrize(("script", "library"), [("sac_speed", "sbx"), ("llm_speed", "trl")])
+def test_missing_libraries_are_one_line_and_exit_code_2(monkeypatch, capsys, script, library):
+    find_spec = importlib.util.find_spec
+    without = lambda name: None if name == library else find_spec(name)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    monkeypatch.setattr(sys, "argv", [script])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "benchmark" / f"{script}.py"), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert (end.value.code, out, err.count("\n")) == (2, "", 1)
+    assert "pip install -e '.[speed]'" in err and library in err
+
+
+# ---------------------------------------------------------------------------------- language models
+def test_table_of_trainings():
+    seconds = {"dpo": (1, 2, 9), "trl-dpo": (10, 4, 9)}
+    table = [(what, x) for what, numbers in seconds.items() for x in numbers]
+    rows = [{"training": "dpo", "what": what, "seconds_per_step": x} for what, x in table]
+    cells = {line[:34].strip(): line[34:].split() for line in llm_speed.summary(rows).splitlines()}
+    assert cells["dpo"] == ["2.000", "1.000", "9.000"]
+    assert cells["trl-dpo"] == ["9.000", "4.000", "10.000", "2.00:", "10.00", "2.00", "1.00"]
+
+
+@pytest.mark.parametrize("training", ["dpo", "remax", "ppo"])
+def test_our_training_is_the_shipped_script_with_flags_it_has(monkeypatch, training):
+    def run(script, *flags):
+        """Stands in for the run: steps of 2 seconds after a first one of 50, a last one of 90."""
+        module = importlib.import_module(script.removesuffix(".py"))
+        asked = tyro.cli(module.Args, args=flags)
+        assert (asked.demo_weight, asked.learning_rate, asked.threads) == (0, llm_speed.RATE, 1)
+        if training == "dpo":
+            steps, size = asked.dpo_steps, asked.batch_size
+            assert size == llm_speed.PAIRS
+        else:
+            steps, size = asked.ppo_steps, asked.batch_size
+            assert asked.policy_steps_per_iteration > steps and size == llm_speed.RESPONSES
+            assert (asked.minibatch_size, asked.ppo_epochs) == (32, 2)
+            assert asked.policy_optimizer == training
+        assert asked.eval_every > steps and steps == llm_speed.STEPS[training] + 2
+        times = [0, *(50 + 2 * i for i in range(steps - 1)), 140]
+        folder = Path(asked.runs_dir) / asked.run_name
+        folder.mkdir()
+        rows = ["charts/wall_seconds", *map(str, times)]
+        (folder / "metrics.csv").write_text("\n".join(rows) + "\n")
+        return ""
+
+    monkeypatch.setattr(llm_speed, "run", run)
+    assert llm_speed.measure_ours(training, seed=1) == 2
+
+
+def test_floor_of_each_training_is_measured():
+    assert all(llm_speed.measure_floor(training, repeats=1) > 0 for training in llm_speed.TURNS)
+
+
+def test_parameters_are_those_of_the_hub():
+    """124, 135, 162 million, 1.01 and 1.41 billion, with the head where it is not tied."""
+    found = {name: llm_memory.parameters(config)[0] for name, config in llm_memory.CONFIGS.items()}
+    expected = (124_439_808, 134_515_008, 162_322_944, 1_011_781_632, 1_414_647_808)
+    assert tuple(found.values()) == expected
+
+
+def test_memory_of_one_block(monkeypatch):
+    """Ten layers and eight rows as foretold from one or two of each; with checkpointing ten inputs
+    and one block."""
+    config = type(llm_memory.CONFIGS["GPT-2"])(n_embd=64, n_head=4, n_layer=10, vocab_size=97)
+    monkeypatch.setitem(llm_memory.CONFIGS, "small", config)
+    whole, kept = llm_memory.activations("small", 8, 32, 5)
+    assert whole == llm_memory.saved_bytes(config, 10, 8, 32, 5) > 5 * kept
+    one_block = llm_memory.saved_bytes(config, 1, 8, 32, 5)
+    assert kept == one_block + 10 * 4 * 8 * 32 * 64
+    _, block, outside = llm_memory.parameters(config)
+    assert block == 12 * 64**2 + 13 * 64 and outside == (97 + config.n_positions + 2) * 64
+
+
+def test_the_page_shows_what_the_script_prints():
+    page = (ROOT / "benchmark/README.md").read_text()
+    assert "\n".join(llm_memory.table()) in page
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+def test_a_run_is_measured():
+    flags = """--ppo-steps 4 --num-demonstrations 8 --num-preferences 8 --batch-size 4
+        --minibatch-size 4 --reward-updates-per-iteration 1 --reward-batch-size 4 --ppo-epochs 1"""
+    (peak,), seconds = llm_memory.run(flags)
+    assert 0.1 < peak < 8 and seconds > 0
