@@ -841,6 +841,14 @@ def without_tokenizer(folder: Path):
         path.unlink()
 
 
+def three_outputs(world, folder):
+    other = {"num_labels": 3, "ignore_mismatched_sizes": True}
+    kind, name = transformers.AutoModelForSequenceClassification, world / "roberta"
+    kind.from_pretrained(name, **other).save_pretrained(folder / "three")
+    transformers.AutoTokenizer.from_pretrained(name).save_pretrained(folder / "three")
+    return ["--ground-truth-path", folder / "three"]
+
+
 HEADLESS = without_a_weight("classifier.out_proj.weight")
 LARGE = edited("tokenizer.json", lambda raw: raw["model"]["vocab"].update(zzzz=9999))
 ENDLESS = edited("tokenizer_config.json", lambda raw: raw.update(eos_token=None))
@@ -860,6 +868,7 @@ BAD = {  # flags, or what makes them of the world and a folder; the line. More o
     "no end token": (changed_model(ENDLESS), "no end-of-text token"),
     "long texts": (["--response-length", 81], "reads 96 tokens"),
     "an untrained judge": (lambda world, _: ["--ground-truth-path", world / "gpt2"], "gpt2"),
+    "three outputs": (three_outputs, "three"),
     "other vocabulary": (lambda world, _: ["--sft-model-path", world / "llama"], "vocabular"),
     "zero": (["--batch-size", 0], "--batch-size"),
     "threads": (["--threads", 10**11], ""),

@@ -9,6 +9,7 @@ import inspect
 import json
 import shutil
 import signal
+import sys
 import types
 from dataclasses import fields
 from pathlib import Path
@@ -448,6 +449,18 @@ def test_policy_and_beta_stand_still_in_warm_up(tmp_path, data, kl_coefficient, 
     shutil.rmtree(tmp_path / "runs")
     state = load(run(tmp_path, data, *flags, "--total-timesteps", 51))["sac"]
     assert compare_checkpoints(state["actor"], state["cloned"])
+
+
+def test_tracking(tmp_path, data, monkeypatch):
+    """Every row of the three stages, at its SAC step."""
+    logged, settings = [], {}
+    wandb = types.SimpleNamespace(init=settings.update)
+    wandb.log = lambda row, step: logged.append((step, row))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    rows = metrics(run(tmp_path, data, "--track"))
+    assert settings["id"] == "run" and [step for step, _ in logged] == [0, 0, 70, 140, 180]
+    for (_, row), written in zip(logged, rows, strict=True):
+        assert {k: f"{v:.9g}" for k, v in row.items()} == {k: v for k, v in written.items() if v}
 
 
 def test_training_cannot_see_the_true_reward(tmp_path, data, plain, monkeypatch):
