@@ -6,13 +6,13 @@ al., arXiv 2406.06874: (13) on language models (6.1, A.2.2). Equation numbers ar
     python aihf_dpo_llm.py
 
 learns to write movie reviews from 1,000 demonstrations and 1,000 preferences, from a small language
-model that is in the repository, in 4 minutes on a CPU core; prints the ground-truth score, used for
+model that is in the repository, in 6 minutes on a CPU core; prints the ground-truth score, used for
 nothing else; leaves the policy in runs/<run_name>/. `--demo-weight 0 --sft-model-path RUN/sft` (of
 RLHF) is DPO, `--preference-weight 0` SFT; torchrun shards the models over processes (FSDP2).
 
     (13)  max_π  α E_D[log π(y|x)] + E_P[log σ(β log π/π⁰(y_w|x) - β log π/π⁰(y_l|x))]
 
-is (8) with the policy's own r = β log π/π⁰ as the reward. Departures that matter (README.md: all):
+is (8) with the policy's own r = β log π/π⁰ as the reward. Two departures (README.md has more):
 - The paper's (13) leaves out the log before σ and swaps two denominators.
 - log π(y|x) of a demonstration is a mean over its tokens: α = 1 weighs it about as much as a pair.
 """
@@ -202,7 +202,7 @@ def main() -> None:
             row |= evaluation(step + 1)
         row["charts/wall_seconds"] = log[-1]["charts/wall_seconds"] + time.perf_counter() - started
         log.append(row)
-        track(row)
+        track(row, step=step + 1)
 
         # =========================================================================== CHECKPOINT
         if finished:  # before the checkpoint: a run killed here makes it again
@@ -357,6 +357,8 @@ def start_processes(args: Args) -> tuple[torch.device, int, int]:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    began = gather(torch.tensor([time.time_ns()], device=device))[0]  # the same in every process
+    args.run_name = args.run_name or f"llm__{SCRIPT[:-3]}__{args.seed}__{began}"
     sizes = args.batch_size, args.eval_prompts
     if any(size % count for size in sizes):
         raise ValueError(f"--batch-size and --eval-prompts must be multiples of {count} processes")
@@ -472,7 +474,6 @@ def parse_args() -> tuple[Args, dict]:
     read.check_numbers(args, MAY_BE_ZERO)
     if args.demo_weight == args.preference_weight == 0:
         raise ValueError("--demo-weight and --preference-weight are 0: there is nothing to learn")
-    args.run_name = args.run_name or f"llm__{SCRIPT[:-3]}__{args.seed}__{time.time_ns()}"
     return args, state
 
 

@@ -11,8 +11,8 @@ model that is in the repository, in 10 minutes on a core; prints the ground-trut
 nothing else; leaves policy and reward in runs/<run_name>/. --preset imdb and hh are the paper's
 settings; `torchrun --nproc-per-node 2 aihf_ppo_llm.py` shards the models over processes (FSDP2).
 
-Three departures from the paper matter (README.md has all of them):
-- g1 (Lemma 5.1) is linear in R and unbounded. It comes with λ (R(τ)² + R(τ')²), under which the
+Three departures from the paper matter (README.md has more):
+- g1 (Lemma 5.1) is linear in R and unbounded. Minus λ (R(τ)² + R(τ')²) is added, so that the
   best R for g1 alone is (p_E - p_π) / (2λ (p_E + p_π)): Lemma 5.1's direction, within ±1/(2λ).
 - Preferences weigh 3, demonstrations α = 1. The reward learns fast and the policy slowly, lest
   it exploit a reward that has not yet seen what it writes.
@@ -54,7 +54,7 @@ ASSETS = "data_gen/assets/imdb"
 
 @dataclass
 class Args:
-    preset: Literal["", "imdb", "hh"] = ""  # Table 2's numbers and weights of 1; λ and memory stay
+    preset: Literal["", "imdb", "hh"] = ""  # Table 2, weights of 1; λ, memory and annealing stay
     model_name_or_path: str = f"{ASSETS}/model"  # the base policy, a folder or hub id
     sft_model_path: str = ""  # start from this policy, which is then the reference π⁰ too
     reward_model_path: str = ""  # base of the reward; "": the base policy. A trained head is kept
@@ -66,14 +66,14 @@ class Args:
     prompts: str = f"{ASSETS}/prompts.jsonl"  # {prompt}; the last --eval-prompts are for evaluation
     seed: int = 1  # of heads, held-out data, batches, sampling; evaluation has a seed of its own
     max_prompt_length: int = 64  # tokens; of a longer prompt the policy reads the last ones
-    response_length: int = 24  # tokens at most; longer demonstrations are cut
+    response_length: int = 24  # tokens at most; longer demonstrations are cut, preferences not
     temperature: float = 1.0  # of sampling; logits are divided by it in every log-probability
-    micro_batch_size: int = 64  # rows in one forward pass of a process: memory, not results
+    micro_batch_size: int = 64  # rows a pass (reward's: of each side): memory, not results
     anneal: bool = True  # let the learning rates fall linearly to 0 over the run (paper: no)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
 
     # Upper level: the reward
-    demo_weight: float = 1.0  # α of (8a), which the paper does not give; 0: RLHF's reward learning
+    demo_weight: float = 1.0  # α of Algorithm 1, (8a)'s over β (not given); 0: as in RLHF
     preference_weight: float = 3.0  # of (11); 0: inverse reinforcement learning (paper: 1)
     demo_loss: Literal["linear", "logistic"] = "linear"  # g1: Lemma 5.1, or log σ (authors' code)
     response_memory: int = 10  # latest policies whose responses g1 sees (Lemma 5.1: 1)
@@ -141,7 +141,7 @@ def reward_losses(
     """What Adam descends in the upper level: minus the objective whose gradient is α g1 + g2, (26).
 
     R of demonstrations τ ~ D, of policies' responses τ' to the same prompts, and of both sides of
-    pairs τ_l ≺ τ_w: (rows,) each and as the result. A term of weight 0 is left out.
+    pairs τ_l ≺ τ_w, and the losses: (rows,) each. A term of weight 0 is left out.
     """
     losses = torch.zeros_like(r_demos)
     if args.demo_weight:
@@ -229,8 +229,8 @@ def main() -> None:
         completions = policy.texts.responses(demos, args.demonstrations)  # cut as the policy's are
         completions = policy.texts.read(demo_ids, completions)
         demo_texts = [x + y for (x, _), y in zip(demos, completions)]
-        given = nn.ModuleList([reference, base])  # a list of tensors would keep them whole
-        data_hash = read.fingerprint(pairs, prompts, demos, [n], *given.state_dict().values())
+        frozen = nn.ModuleList([reference, base])  # a list would keep the unsharded tensors alive
+        data_hash = read.fingerprint(pairs, prompts, demos, [n], *frozen.state_dict().values())
         if state and state["data_hash"] != data_hash:
             raise ValueError("the run had other data, another model, or other --eval-prompts")
         learned = {"policy": policy, "value": value, "reward": reward}
@@ -277,8 +277,8 @@ def main() -> None:
                 ids, _, alive = policy.sample(share(asked[part]), share(uniform[part]))
                 written += response_rows(ids, alive)
             responses = policy.texts.read(asked, written)
-            own = [demos[i][0] + y for i, y in zip(indices, responses)]
-            memory = [*memory, list(zip(indices, own))][-args.response_memory :]
+            fresh = [demos[i][0] + y for i, y in zip(indices, responses)]
+            memory = [*memory, list(zip(indices, fresh))][-args.response_memory :]
             remembered = [entry for of_policy in memory for entry in of_policy]
             order = np.random.default_rng([args.seed, 4, k]).permutation(len(remembered))
             contrasts = share([remembered[j] for j in order[:size]])
@@ -304,8 +304,8 @@ def main() -> None:
             row["rewards/loss"] = total(loss).item()  # of the last update
             if args.preference_weight:
                 row["rewards/accuracies"] = total(correct).item()
-            # A constant in R changes neither (10)'s best policy nor (11): make π_k's mean R 0.
-            reward.offset += gather(reward.score(share(own))).mean()
+            # A constant in R changes λ's term, not (10)'s best policy or (11): make π_k's mean 0.
+            reward.offset += gather(reward.score(share(fresh))).mean()
             if step == 0 and critic_from_reward:
                 value.load_state_dict(reward.state_dict())  # the critic begins as the first reward
             if args.demo_weight:
@@ -503,7 +503,7 @@ class Policy(nn.Module):
 
 class Scorer(nn.Module):
     """R and V: a sequence classifier of one or two outputs as a number at every token. R(τ) is its
-    number at a text's last token, V of a state that at the state's last."""
+    number at a text's last token, V(s) that at the last token of s."""
 
     def __init__(self, name: str, args: Args, trained: bool = False):
         """The head is new where there is none; ValueError if it must be trained."""
@@ -591,6 +591,8 @@ def start_processes(args: Args) -> tuple[torch.device, int, int]:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    began = gather(torch.tensor([time.time_ns()], device=device))[0]  # the same in every process
+    args.run_name = args.run_name or f"llm__{SCRIPT[:-3]}__{args.seed}__{began}"
     sizes = args.reward_batch_size, args.minibatch_size, args.eval_prompts
     if any(size % count for size in sizes):
         raise ValueError(f"batches and --eval-prompts must be multiples of {count} processes")
@@ -714,7 +716,6 @@ def parse_args() -> tuple[Args, dict]:
         raise ValueError("--gamma and --gae-lambda must be at most 1")
     if args.batch_size % args.minibatch_size:
         raise ValueError("--batch-size must be a multiple of --minibatch-size")
-    args.run_name = args.run_name or f"llm__{SCRIPT[:-3]}__{args.seed}__{time.time_ns()}"
     return args, state
 
 

@@ -8,12 +8,12 @@ al., arXiv 2406.06874: Algorithm 1 on MuJoCo robots (6.1, A.2.1). Equation numbe
 learns to hop from 10 demonstrations and 2,000 preferences between 50-step segments in 10 to 20
 minutes on a CPU core; prints the true return, used for nothing else; writes runs/<run_name>/.
 
-Three departures from the paper matter (README.md has all of them):
+Three departures from the paper matter (README.md has more):
 - g1 (Lemma 5.1) is linear in r and unbounded. Here r is bounded, positive where a fall ends an
   episode (to fall earns less), and its slopes above 1 are penalised, as in Wasserstein GANs.
-- g1's rollouts are those of the ten latest policies, each policy alike, and learning rates fall to
-  0: the newest policy alone would let the reward forget the one before, and the two take turns.
-- R(τ) in g1 is a mean of r over steps / (1 - γ): a discounted sum forgets the later steps.
+- g1's rollouts are those of the ten latest policies, each policy alike. With the newest alone the
+  reward forgets the ones before, and policies go in circles. Learning rates fall to 0.
+- R(τ) in g1 is r's mean over the episode, over 1 - γ: a discounted sum forgets the later steps.
 """
 
 import copy
@@ -44,7 +44,7 @@ class Args:
     data_dir: str = ""  # high.npz, medium.npz, low.npz, pairs.csv; "": data_gen/assets/mujoco/<env>
 
     # Upper level: the reward
-    demo_weight: float = 1.0  # α of (8a); 0 is RLHF's reward learning
+    demo_weight: float = 1.0  # α of Algorithm 1, (8a)'s over β; 0: RLHF's reward learning
     preference_weight: float = 10.0  # of (11); 0: inverse reinforcement learning (paper: 1)
     preference_temperature: float = 5.0  # divides the difference of returns in (11) (paper: 1)
     reward_updates_per_iteration: int = 100  # Adam steps (the authors' code: 1, in longer runs)
@@ -60,7 +60,7 @@ class Args:
 
     # Lower level: the policy
     policy_steps_per_iteration: int = 5_000  # SAC steps in each policy alignment
-    demos_in_replay: bool | None = None  # for SAC (paper: no); None: where the robot can fall
+    demos_in_replay: bool | None = None  # SAC's too (paper: no); None: where the robot can fall
     learning_starts: int = 5_000  # steps of uniformly random actions before the first update
     learning_rate: float = 1e-3  # Adam's (paper: 3e-3; the authors' code: 1e-3)
     anneal: bool = True  # let both learning rates fall linearly to 0 (paper: no)
@@ -131,7 +131,7 @@ def step_weights(lengths: Tensor, form: str, gamma: float) -> Tensor:
 
 def demonstration_gap(reward, demos, rollouts) -> Tensor:
     """Mean R(τ) of demonstrations minus mean R(τ') of rollouts, both given as features (N, obs_dim
-    + act_dim) and step_weights (N,): (). Its gradient is g1, Lemma 5.1 (28), β ∇L1."""
+    + act_dim) and step_weights (N,): (). Discounted, its gradient is g1, Lemma 5.1 (28), β ∇L1."""
     (x_demos, w_demos), (x_policy, w_policy) = demos, rollouts
     return (w_demos * reward(x_demos)).sum() - (w_policy * reward(x_policy)).sum()
 
@@ -182,14 +182,14 @@ def main() -> None:
         data_hash = read.fingerprint(*tiers.values(), pairs)
 
         actor = Actor(obs_dim, act_dim, args.hidden).to(device)
-        # What is evaluated: a mean of policies, mostly the last tenth (Shamir, Zhang 2013, η = 9)
+        # What is evaluated: averaged weights, mostly the last tenth's (Shamir, Zhang 2013, η = 9)
         averaged = AveragedModel(actor, avg_fn=lambda a, b, n: a.lerp(b, 10 / (10 + n)))
         critics = Critics(obs_dim, act_dim, args.hidden).to(device)
         sac = init_sac(actor, critics, args.entropy_coefficient or 1.0)
         target_entropy = None if args.entropy_coefficient else -act_dim
         update = make_sac_update(actor, critics, args.gamma, args.tau, target_entropy)
-        length = play(env, actor, range(3), rng=np.random.default_rng(0))[2].min().item()
-        can_fall = length < env.spec.max_episode_steps  # and so end an episode
+        shortest = play(env, actor, range(3), rng=np.random.default_rng(0))[2].min().item()
+        can_fall = shortest < env.spec.max_episode_steps  # and so end an episode
         args.reward_range = args.reward_range or ((0.0, 4.0) if can_fall else (-10.0, 10.0))
         if args.demos_in_replay is None:
             args.demos_in_replay = can_fall
@@ -198,10 +198,10 @@ def main() -> None:
         reward_optimizer = torch.optim.Adam(reward.parameters())
         modules = {"averaged": averaged, "reward": reward, "reward_optimizer": reward_optimizer}
         widths = (obs_dim, act_dim, obs_dim, 1)  # a transition: s, a, s', whether it ended there
-        known = len(tiers["high"].obs) if args.demos_in_replay and args.demo_weight else 0
-        replay = np.zeros((known + args.total_timesteps, sum(widths)), np.float32)
-        if known:  # demonstrated transitions, before SAC's own
-            replay[:known] = np.column_stack([*tiers["high"][:2], *tiers["high"][3:]])
+        demo_steps = len(tiers["high"].obs) if args.demos_in_replay and args.demo_weight else 0
+        replay = np.zeros((demo_steps + args.total_timesteps, sum(widths)), np.float32)
+        if demo_steps:  # demonstrated transitions, before SAC's own
+            replay[:demo_steps] = np.column_stack([*tiers["high"][:2], *tiers["high"][3:]])
         recent = []  # rollouts of the latest policies: observations, actions, lengths
         counts = ("charts/iteration", "charts/sac_steps", "charts/env_steps", "charts/wall_seconds")
         log = [dict.fromkeys(counts, 0)]  # rows of metrics.csv, one an iteration
@@ -214,16 +214,16 @@ def main() -> None:
                     sac[net][key].copy_(tensor)
             for name, learned in modules.items():
                 learned.load_state_dict(state[name])
-            replay[known : known + len(state["replay"])] = state["replay"]
+            replay[demo_steps : demo_steps + len(state["replay"])] = state["replay"]
             recent, log, rng.bit_generator.state = state["recent"], state["log"], state["rng"]
         track = read.tracker(args)
         run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, SCRIPT)
 
-    def weighted(obs, actions, lengths) -> tuple[Tensor, Tensor]:
+    def features_and_weights(obs, actions, lengths) -> tuple[Tensor, Tensor]:
         weights = step_weights(torch.as_tensor(lengths), args.return_form, args.gamma)
         return reward.features(obs, actions), weights.to(device)
 
-    data = {tier: weighted(*episodes[:3]) for tier, episodes in tiers.items()}
+    data = {tier: features_and_weights(*episodes[:3]) for tier, episodes in tiers.items()}
     anchors = data["high"][0] if args.demo_weight else torch.cat([x for x, _ in data.values()])
     segments = [  # preferred and other, (pairs, segment_length, obs_dim + act_dim) each
         torch.stack([data[tier][0][start : start + args.segment_length] for tier, start in side])
@@ -251,18 +251,18 @@ def main() -> None:
                 else:
                     action = actor.act(obs, rng.standard_normal(act_dim, np.float32))
                 next_obs, _, terminated, truncated, _ = env.step(action)
-                replay[known + step] = np.concatenate([obs, action, next_obs, [terminated]])
+                replay[demo_steps + step] = np.concatenate([obs, action, next_obs, [terminated]])
                 obs = env.reset()[0] if terminated or truncated else next_obs
                 step += 1
             if step >= args.learning_starts:
-                index = rng.integers(known + step, size=(block, args.batch_size))
+                index = rng.integers(demo_steps + step, size=(block, args.batch_size))
                 batches = torch.from_numpy(replay[index]).to(device).split(widths, dim=-1)
-                s, a, next_s, ended = (field.contiguous() for field in batches)
+                s, a, next_s, terminations = (field.contiguous() for field in batches)
                 with torch.no_grad():  # relabelled: today's reward for transitions of any age
                     rewards = reward(reward.features(s, a))
                 noise = rng.standard_normal((block, 2, args.batch_size, act_dim), np.float32)
                 noise = torch.from_numpy(noise).to(device)
-                for batch in zip(s, a, rewards, next_s, ended.squeeze(-1), noise):
+                for batch in zip(s, a, rewards, next_s, terminations.squeeze(-1), noise):
                     losses = update(sac, learning_rate, *batch)
                 averaged.update_parameters(actor)
                 read.check_finite(step, run_dir, rewards=rewards, sac_losses=losses)
@@ -272,7 +272,7 @@ def main() -> None:
         seeds = rng.integers(2**31, size=args.rollout_steps_per_iteration)  # more than enough
         fresh = play(env, actor, seeds, args.rollout_steps_per_iteration, rng)[:3]
         recent = [*recent, fresh][-args.rollout_memory :]
-        x, weights = map(torch.cat, zip(*(weighted(*policy) for policy in recent)))
+        x, weights = map(torch.cat, zip(*(features_and_weights(*policy) for policy in recent)))
         rollouts = x, weights / len(recent)  # each policy alike, however many episodes it played
 
         # ================ UPPER LEVEL (8a): θ_{k+1} = θ_k + η (α g1 + g2), with a slope penalty
@@ -316,7 +316,7 @@ def main() -> None:
             state = {"script": SCRIPT, "args": asdict(args), "data_hash": data_hash, "log": log}
             state |= {name: learned.state_dict() for name, learned in modules.items()}
             state |= {"sac": sac, "rng": rng.bit_generator.state, "recent": recent}
-            state["replay"] = torch.from_numpy(replay[known : known + step])
+            state["replay"] = torch.from_numpy(replay[demo_steps : demo_steps + step])
             read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
     bar.close()
     mean, std, *_ = evaluate(eval_env, averaged.module, args.eval_episodes, reward).values()
@@ -430,8 +430,8 @@ def make_sac_update(actor, critics, gamma: float, tau: float, target_entropy: fl
 
 
 def compile_update(update, sac: dict, obs_dim: int, act_dim: int, n: int):
-    """The update for batches of n compiled, after a trial on copies; or, with a printed line, the
-    update itself."""
+    """The update compiled for batches of n, without guards, as shapes never change. If a trial on
+    copies fails, a printed line says so and the update is returned as it is."""
     shapes = [(), (n, obs_dim), (n, act_dim), (n,), (n, obs_dim), (n,), (2, n, act_dim)]
     inputs = [torch.zeros(shape, device=sac["beta"]["log"].device) for shape in shapes]
     options = {"cpp_wrapper": True, "guard_filter_fn": lambda guards: [False] * len(guards)}

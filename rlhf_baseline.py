@@ -16,8 +16,8 @@ the numbers marked "paper:" below:
 - Stages 1 and 2 keep what does best on held-out demonstrations and pairs.
 - New critics would undo the cloning in a few hundred updates. A robot's policy is frozen while they
   warm up; the critic of a language model starts as a copy of the reward model.
-- A KL penalty holds the policy near stage 1's, as in (4), on robots too. The paper's have SAC's
-  entropy bonus: --kl-coefficient 0 --learning-rate 1e-3, which loses what was cloned.
+- A KL penalty holds the policy near stage 1's, as in (4), on robots too. The paper's robots have
+  SAC's bonus: --kl-coefficient 0 --learning-rate 1e-3, which loses what was cloned.
 """
 
 import copy
@@ -77,8 +77,8 @@ class MujocoArgs:
     gradient_penalty: float = 1000.0  # weight of the penalty on slopes of r above 1 (paper: none)
 
     # 3. RL
-    demos_in_replay: bool | None = None  # for SAC (paper: no); None: where the robot can fall
-    critic_warmup_steps: int = 10_000  # SAC steps in which the cloned policy acts and stands still
+    demos_in_replay: bool | None = None  # SAC's too (paper: no); None: where the robot can fall
+    critic_warmup_steps: int = 10_000  # SAC steps in which the clone acts and does not learn
     kl_coefficient: float = 10.0  # β of (4): less loses the clone; 0: SAC's entropy bonus, β tuned
     policy_steps_per_iteration: int = 5_000  # SAC steps between two rows of metrics.csv
     learning_rate: float = 1e-4  # Adam's (paper: 3e-3); AIHF's 1e-3 shakes HalfCheetah's clone
@@ -207,6 +207,8 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         env, eval_env = make_env(args.env), make_env(args.env)
         (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
         args.total_timesteps = args.total_timesteps or 100_000 * act_dim
+        name = f"{args.env}__{SCRIPT[:-3]}__{args.seed}__{time.time_ns()}"
+        args.run_name = args.run_name or name
 
         data_dir = Path(args.data_dir or f"data_gen/assets/mujoco/{args.env}")
         tiers = {t: read.episodes(data_dir / f"{t}.npz", env) for t in ("high", "medium", "low")}
@@ -217,7 +219,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         pair_split = hold_out(len(pairs), args.held_out_share, rng)
 
         actor = Actor(obs_dim, act_dim, args.hidden).to(device)
-        # What is evaluated: a mean of policies, mostly the last tenth (Shamir, Zhang 2013, η = 9)
+        # What is evaluated: averaged weights, mostly the last tenth's (Shamir, Zhang 2013, η = 9)
         averaged = AveragedModel(actor, avg_fn=lambda a, b, n: a.lerp(b, 10 / (10 + n)))
         critics = Critics(obs_dim, act_dim, args.hidden).to(device)
         sac = init_sac(actor, critics, args.kl_coefficient or INITIAL_BETA)
@@ -225,18 +227,18 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         target_entropy = None if args.kl_coefficient else -act_dim
         settings = args.gamma, args.tau, target_entropy, args.critic_warmup_steps
         update = make_sac_update(actor, critics, *settings)
-        length = play(env, actor, range(3), rng=np.random.default_rng(0))[2].min().item()
-        can_fall = length < env.spec.max_episode_steps  # and so end an episode
+        shortest = play(env, actor, range(3), rng=np.random.default_rng(0))[2].min().item()
+        can_fall = shortest < env.spec.max_episode_steps  # and so end an episode
         args.reward_range = args.reward_range or ((0.0, 4.0) if can_fall else (-10.0, 10.0))
         if args.demos_in_replay is None:
             args.demos_in_replay = can_fall
         all_obs = np.concatenate([tier.obs for tier in tiers.values()])
         reward = Reward(all_obs, act_dim, args.hidden, args.reward_range).to(device)
         widths = (obs_dim, act_dim, obs_dim, 1)  # a transition: s, a, s', whether it ended there
-        known = len(tiers["high"].obs) if args.demos_in_replay else 0
-        replay = np.zeros((known + args.total_timesteps, sum(widths)), np.float32)
-        if known:  # demonstrated transitions, before SAC's own
-            replay[:known] = np.column_stack([*tiers["high"][:2], *tiers["high"][3:]])
+        demo_steps = len(tiers["high"].obs) if args.demos_in_replay else 0
+        replay = np.zeros((demo_steps + args.total_timesteps, sum(widths)), np.float32)
+        if demo_steps:  # demonstrated transitions, before SAC's own
+            replay[:demo_steps] = np.column_stack([*tiers["high"][:2], *tiers["high"][3:]])
         counts = ("charts/iteration", "charts/sac_steps", "charts/env_steps", "charts/wall_seconds")
         stage, log = 1, []  # log: rows of metrics.csv, of stage 1, of stage 2, one an iteration
 
@@ -250,7 +252,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
                 sac["beta"]["log"].fill_(math.log(args.kl_coefficient))
             averaged.load_state_dict(state["averaged"])
             reward.load_state_dict(state["reward"])
-            replay[known : known + len(state["replay"])] = state["replay"]
+            replay[demo_steps : demo_steps + len(state["replay"])] = state["replay"]
             stage, log, rng.bit_generator.state = state["stage"], state["log"], state["rng"]
         track = read.tracker(args)
         run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, f"{SCRIPT} mujoco")
@@ -270,7 +272,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
     def save_checkpoint() -> None:
         state = {"script": f"{SCRIPT} mujoco", "args": asdict(args), "data_hash": data_hash}
         state |= {"stage": stage, "log": log, "sac": sac, "reward": reward.state_dict()}
-        state |= {"replay": torch.from_numpy(replay[known : known + step])}
+        state |= {"replay": torch.from_numpy(replay[demo_steps : demo_steps + step])}
         state |= {"averaged": averaged.state_dict(), "rng": rng.bit_generator.state}
         read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
 
@@ -353,18 +355,18 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             for _ in range(block):
                 action = actor.act(obs, rng.standard_normal(act_dim, np.float32))
                 next_obs, _, terminated, truncated, _ = env.step(action)
-                replay[known + step] = np.concatenate([obs, action, next_obs, [terminated]])
+                replay[demo_steps + step] = np.concatenate([obs, action, next_obs, [terminated]])
                 obs = env.reset()[0] if terminated or truncated else next_obs
                 resets += terminated or truncated
                 step += 1
-            index = rng.integers(known + step, size=(block, args.batch_size))
+            index = rng.integers(demo_steps + step, size=(block, args.batch_size))
             batches = torch.from_numpy(replay[index]).to(device).split(widths, dim=-1)
-            s, a, next_s, ended = (field.contiguous() for field in batches)
+            s, a, next_s, terminations = (field.contiguous() for field in batches)
             with torch.no_grad():
                 rewards = reward(reward.features(s, a))
             noise = rng.standard_normal((block, 2, args.batch_size, act_dim), np.float32)
             noise = torch.from_numpy(noise).to(device)
-            for batch in zip(s, a, rewards, next_s, ended.squeeze(-1), noise):
+            for batch in zip(s, a, rewards, next_s, terminations.squeeze(-1), noise):
                 losses = update(sac, learning_rate, *batch)
             averaged.update_parameters(actor)
             read.check_finite(step, run_dir, rewards=rewards, sac_losses=losses)
@@ -373,7 +375,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
 
         # ======================================================================= LOG and EVALUATE
         iteration, finished = iteration + 1, step >= last_step
-        recent = replay[known + first_step : known + step, : obs_dim + act_dim]
+        recent = replay[demo_steps + first_step : demo_steps + step, : obs_dim + act_dim]
         with torch.no_grad():
             r_policy = reward(reward.features(*np.split(recent, [obs_dim], axis=1)))
         row = dict(zip(LOSSES, losses.tolist()))
@@ -492,7 +494,7 @@ def make_sac_update(actor, critics, gamma: float, tau: float, target_entropy, wa
         the last without a constant where π⁰ is uniform."""
         sac["updates"]["count"].add_(1)
         beta = sac["beta"]["log"].exp()
-        policy_rate = learning_rate * (sac["updates"]["count"] > warm_up)  # π and β stand still
+        policy_rate = learning_rate * (sac["updates"]["count"] > warm_up)  # 0: critics alone learn
 
         def sample(params, obs, noise) -> tuple[Tensor, Tensor, Tensor]:
             """Actions, their log π and KL(π ‖ π⁰), of the policy with these parameters."""
@@ -532,8 +534,8 @@ def make_sac_update(actor, critics, gamma: float, tau: float, target_entropy, wa
 
 
 def compile_update(update, sac: dict, obs_dim: int, act_dim: int, n: int):
-    """The update for batches of n compiled, after a trial on copies; or, with a printed line, the
-    update itself."""
+    """The update compiled for batches of n, without guards, as shapes never change. If a trial on
+    copies fails, a printed line says so and the update is returned as it is."""
     shapes = [(), (n, obs_dim), (n, act_dim), (n,), (n, obs_dim), (n,), (2, n, act_dim)]
     inputs = [torch.zeros(shape, device=sac["beta"]["log"].device) for shape in shapes]
     options = {"cpp_wrapper": True, "guard_filter_fn": lambda guards: [False] * len(guards)}
@@ -611,10 +613,10 @@ class LlmArgs:
     seed: int = 1  # of heads, held-out data, batches, sampling; evaluation has a seed of its own
     held_out_share: float = 0.1  # share of demonstrations, and of preferences, to choose by
     max_prompt_length: int = 64  # tokens; of a longer prompt the policy reads the last ones
-    response_length: int = 24  # tokens at most; longer demonstrations are cut
+    response_length: int = 24  # tokens at most; longer demonstrations are cut, preferences not
     temperature: float = 1.0  # of sampling; logits are divided by it in every log-probability
     append_eos: bool = False  # end demonstrations with the end token; they may also spell it out
-    micro_batch_size: int = 64  # rows in one forward pass of a process: memory, not results
+    micro_batch_size: int = 64  # rows a pass (reward's: of each side): memory, not results
     anneal: bool = True  # let the learning rate of each stage fall linearly to 0 (paper: no)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
 
@@ -670,7 +672,7 @@ PRESETS = {  # flags that come before the user's own; what Table 2 leaves open i
         --append-eos --missing-eos-penalty 1 --sft-epochs 1 --sft-learning-rate 1e-5
         --reward-epochs 1 --reward-learning-rate 1e-5 --reward-batch-size 8 --kl-coefficient 0.05
         --learning-rate 1e-6 --value-learning-rate 1e-6 --batch-size 4 --minibatch-size 4
-        --micro-batch-size 4 --ppo-steps 6000 --eval-every 500 --checkpoint-every 500""",
+        --micro-batch-size 4 --ppo-steps 24000 --eval-every 500 --checkpoint-every 500""",
 }
 HELD_OUT = ("held_out_loss", "chosen", "rejected", "margins", "accuracies")  # in stages 1 and 2
 
@@ -750,8 +752,8 @@ def llm(args: LlmArgs, state: dict) -> None:
         reward = Scorer(args.reward_model_path or args.model_name_or_path, args)
         best_reward = copy.deepcopy(reward)
         reward_is_given = "SequenceClassification" in str(reward.model.config.architectures)
-        reward_is_critic = reward.is_decoder and reward.vocabulary == policy.vocabulary
-        value = best_reward if reward_is_critic else Scorer(initial, args)
+        critic_from_reward = reward.is_decoder and reward.vocabulary == policy.vocabulary
+        value = best_reward if critic_from_reward else Scorer(initial, args)
         judge = Scorer(args.ground_truth_path, args, True) if args.ground_truth_path else None
 
         # The data: demonstrations and preferences where a stage reads them, and prompts
@@ -776,12 +778,12 @@ def llm(args: LlmArgs, state: dict) -> None:
         data_hash = read.fingerprint(demos, pairs, prompts, [n], *base.state_dict().values())
         if state and state["data_hash"] != data_hash:
             raise ValueError("the run had other data, another model, or other --eval-prompts")
-        rng, parted = np.random.default_rng([args.seed, 0]), args.held_out_share
-        splits = [hold_out(len(rows), parted, rng) for rows in (demos, pairs) if rows]
+        rng = np.random.default_rng([args.seed, 0])
+        splits = [hold_out(len(rows), args.held_out_share, rng) for rows in (demos, pairs) if rows]
 
         modules = {"policy": policy, "reference": reference}
         modules |= {"reward": reward, "best_reward": best_reward}
-        if not reward_is_critic:
+        if not critic_from_reward:
             modules["value"] = value
         for name in modules if state else ():
             modules[name].load_state_dict(state[name])
@@ -877,7 +879,7 @@ def llm(args: LlmArgs, state: dict) -> None:
             responses = policy.texts.read(demo_ids, completions)
             texts = [prompt + y for (prompt, _), y in zip(demos, responses)]
             reward.offset += reward.score(texts).mean()
-        if reward_is_critic:
+        if critic_from_reward:
             value.load_state_dict(reward.state_dict())  # the critic begins as the reward
         add_to_log(0, evaluation(0), started)
         if rank == 0:
@@ -1027,9 +1029,7 @@ class Policy(nn.Module):
         return torch.cat([self.log_probs(ids[part], mask[part], length) for part in rows]) * alive
 
     @torch.no_grad()
-    def sample(
-        self, prompts: list[list[int]], uniform: np.ndarray, temperature: float | None = None
-    ):
+    def sample(self, prompts: list[list[int]], uniform: np.ndarray):
         """Prompts with sampled responses, ids and mask (rows, P + N), and the responses' mask
         (rows, N), 1 up to and with the end token.
 
@@ -1043,7 +1043,7 @@ class Policy(nn.Module):
         ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=device)
         for u in torch.from_numpy(uniform).to(device).unbind(1):
             logits, cache = self(token, attention, 1, cache, keep=True)
-            logits = logits[:, -1] / (temperature or self.args.temperature)
+            logits = logits[:, -1] / self.args.temperature
             cumulative = logits.softmax(-1).double().cumsum(-1)
             token = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)
             token = token.clamp(max=logits.shape[-1] - 1).masked_fill(ended, texts.pad_id)
@@ -1060,7 +1060,7 @@ class Policy(nn.Module):
 
 class Scorer(nn.Module):
     """R and V: a sequence classifier of one or two outputs as a number at every token. R(τ) is its
-    number at a text's last token, V of a state that at the state's last."""
+    number at a text's last token, V(s) that at the last token of s."""
 
     def __init__(self, name: str, args: LlmArgs, trained: bool = False):
         """The head is new where there is none; ValueError if it must be trained."""
@@ -1141,6 +1141,8 @@ def start_processes(args: LlmArgs) -> tuple[torch.device, int, int]:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    began = gather(torch.tensor([time.time_ns()], device=device))[0]  # the same in every process
+    args.run_name = args.run_name or f"llm__{SCRIPT[:-3]}__{args.seed}__{began}"
     sizes = args.reward_batch_size, args.minibatch_size, args.eval_prompts
     if any(size % count for size in sizes):
         raise ValueError(f"batches and --eval-prompts must be multiples of {count} processes")
@@ -1266,8 +1268,6 @@ def parse_args() -> tuple:
     state = read.checkpoint(run, script) if run else {"args": {}}
     preset = "" if run else PRESETS.get(getattr(args, "preset", ""), "")
     args = tyro.cli(kind, default=kind(**state["args"]), args=preset.split() + sys.argv[2:])
-    world = "llm" if kind is LlmArgs else args.env
-    args.run_name = args.run_name or f"{world}__{SCRIPT[:-3]}__{args.seed}__{time.time_ns()}"
     return args, state if run else {}
 
 

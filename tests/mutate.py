@@ -7,6 +7,7 @@ of this process, which has run the tests once. Without FIRST and LAST, lines: th
 """
 
 import ast
+import copy
 import os
 import shutil
 import signal
@@ -24,47 +25,63 @@ FLIP = {ast.Lt: ast.Gt, ast.Gt: ast.Lt, ast.LtE: ast.GtE, ast.GtE: ast.LtE}
 
 
 def changes(node):
-    """Functions that change the node in place, or return another to stand in its place."""
+    """Nodes to stand in the place of this one, or of the condition of an if or a while."""
+
+    def with_field(name: str, value) -> ast.AST:
+        new = copy.copy(node)
+        setattr(new, name, value)
+        return new
+
     for field, op in (("op", getattr(node, "op", None)), ("ops", getattr(node, "ops", [None])[0])):
         for new in filter(None, (SWAP.get(type(op)), FLIP.get(type(op)))):
-            yield lambda n, f=field, new=new(): setattr(n, f, [new] if f == "ops" else new)
+            yield node, with_field(field, [new()] if field == "ops" else new())
     if isinstance(node, ast.Constant) and type(node.value) in (int, float, bool):
         value = not node.value if type(node.value) is bool else node.value + 1
         for new in {value, 2 * node.value or 1} if type(value) is not bool else {value}:
-            yield lambda n, new=new: setattr(n, "value", new)
+            yield node, ast.Constant(new)
     if isinstance(node, ast.UnaryOp):
-        yield lambda n: n.operand
+        yield node, node.operand
     if isinstance(node, ast.IfExp):
-        yield from (lambda n: n.body, lambda n: n.orelse)
+        yield from ((node, node.body), (node, node.orelse))
     for field in ("args", "elts"):  # two neighbours change places
         values = getattr(node, field, None)
         symmetric = isinstance(node, ast.Call) and ast.unparse(node.func) in ("min", "max")
         for i in range(len(values) - 1 if isinstance(values, list) and not symmetric else 0):
-            yield lambda n, f=field, i=i: getattr(n, f).insert(i, getattr(n, f).pop(i + 1))
-    if isinstance(node, (ast.Expr, ast.Assign, ast.AugAssign)):
-        yield lambda n: ast.Pass()
+            swapped = [*values[:i], values[i + 1], values[i], *values[i + 2 :]]
+            yield node, with_field(field, swapped)
+    if isinstance(node, (ast.Assign, ast.AugAssign)) or is_call(node):
+        yield node, ast.Pass()
     if isinstance(node, (ast.If, ast.While)):
         for new in (False, True)[: 1 + isinstance(node, ast.If)]:
-            yield lambda n, new=new: setattr(n, "test", ast.Constant(new))
+            yield node.test, ast.Constant(new)
+
+
+def is_call(node) -> bool:
+    return isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)
+
+
+def outside_texts(node):
+    """All nodes but those inside f-strings, whose places Python does not know before 3.12."""
+    yield node
+    for child in ast.iter_child_nodes(node) if not isinstance(node, ast.JoinedStr) else ():
+        yield from outside_texts(child)
 
 
 def mutants(source: str, first: int, last: int):
     """(line, old text, new text, whole new source) of every change between these lines."""
-    for number, node in enumerate(ast.walk(ast.parse(source))):
-        text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        for change in changes(node) if first <= getattr(node, "lineno", 0) <= last else ():
-            nodes = list(ast.walk(tree := ast.parse(source)))
-            node, before = nodes[number], ast.unparse(nodes[number]).split("\n")[0]
-            if (new := change(node)) is not None:
-                for parent in nodes:
-                    for field, value in ast.iter_fields(parent):
-                        if value is node:
-                            setattr(parent, field, new)
-                        elif isinstance(value, list) and node in value:
-                            value[value.index(node)] = new
-            if not text:
-                after = ast.unparse(new or node).split("\n")[0]
-                yield node.lineno, before, after, ast.unparse(ast.fix_missing_locations(tree))
+    lines = source.encode().splitlines(keepends=True)
+    for node in outside_texts(ast.parse(source)):
+        for old, new in changes(node) if first <= getattr(node, "lineno", 0) <= last else ():
+            before, after = ast.unparse(old), ast.unparse(new)
+            slices = any(isinstance(part, ast.Slice) for part in getattr(new, "elts", []))
+            inserted = (
+                after if isinstance(new, ast.stmt) else after[1:-1] if slices else f"({after})"
+            )
+            head = b"".join(lines[: old.lineno - 1]) + lines[old.lineno - 1][: old.col_offset]
+            tail = lines[old.end_lineno - 1][old.end_col_offset :] + b"".join(
+                lines[old.end_lineno :]
+            )
+            yield node.lineno, before, after, (head + inserted.encode() + tail).decode()
 
 
 def passes(arguments: list[str]) -> bool:

@@ -96,6 +96,22 @@ def test_command_parses(words):
     parse(words)
 
 
+TORCHRUNS = {name: words for name, words in SCRIPTS.items() if words[0] == "torchrun"}
+
+
+@pytest.mark.parametrize("words", TORCHRUNS.values(), ids=TORCHRUNS)
+def test_processes_can_share_the_batches(words, monkeypatch):
+    """Else start_processes raises ValueError."""
+    flags = dict(zip(words, words[1:]))
+    processes = int(flags["--nproc-per-node"]) * int(flags.get("--nnodes", 1))
+    script = next(n for n, word in enumerate(words) if word.endswith(".py"))
+    module = importlib.import_module(words[script].removesuffix(".py"))
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr(sys, "argv", [*words[script:], "--threads", "1"])
+    monkeypatch.setattr(module.dist, "init_process_group", lambda backend: None)
+    assert module.start_processes(module.parse_args()[0])[2] == processes
+
+
 def test_unknown_flags_are_noticed():
     """The test above can fail."""
     with pytest.raises(AssertionError, match="no-such-flag"):
