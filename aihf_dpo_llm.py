@@ -148,8 +148,8 @@ def main() -> None:
         if state:
             load_optimizer(optimizer, state["optimizer"])
         log, start = state.get("log", []), state.get("start", {})  # of metrics.csv; first scores
-        track = read.tracker(args, rank == 0)
-        run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, SCRIPT, rank == 0)
+        track = read.tracker(args)
+        run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, SCRIPT)
 
     models, held_out = (policy, reference, base, judge), (prompts, prompt_ids)
     evaluation = partial(evaluate, models, held_out, start, args, run_dir)
@@ -206,14 +206,13 @@ def main() -> None:
 
         # =========================================================================== CHECKPOINT
         if finished:  # before the checkpoint: a run killed here makes it again
-            save_model(policy.lm, policy.tokenizer, run_dir / "policy", rank)
+            save_model(policy.lm, policy.tokenizer, run_dir / "policy")
         if (step + 1) % args.checkpoint_every == 0 or finished:
             state = {"script": SCRIPT, "args": asdict(args), "data_hash": data_hash, "log": log}
             state |= {"policy": whole(policy.lm.state_dict()), "start": start}
             state["optimizer"] = whole(optimizer.state_dict())
-            if rank == 0:
-                read.write_csv(run_dir / "metrics.csv", log)
-                read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
+            read.write_csv(run_dir / "metrics.csv", log)
+            read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
     if rank == 0:
         last = [row for row in log if "eval/kl" in row][-1]
         print(f"final: {summary(last)}; python benchmark/plot.py {run_dir} draws it")
@@ -225,8 +224,6 @@ def main() -> None:
 # Every pass of a policy goes through its forward, which FSDP2 watches.
 def load(kind: str, name: str, args: Args):
     """A float32 model of a transformers Auto class and its tokenizer; no remote code is run."""
-    if read.is_local(name) and not Path(name).exists():
-        raise ValueError(f"there is no model {name}")
     auto, no_code = getattr(transformers, kind), {"trust_remote_code": False}
     model, info = auto.from_pretrained(name, output_loading_info=True, **no_code)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **no_code)
@@ -243,11 +240,6 @@ def load(kind: str, name: str, args: Args):
 def blocks(module: nn.Module) -> nn.ModuleList:
     """A transformer's layers: its longest list of modules."""
     return max((x for x in module.modules() if isinstance(x, nn.ModuleList)), key=len)
-
-
-def positions(mask: Tensor) -> Tensor:
-    """0 at each row's first token, wherever the padding is: (rows, tokens)."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 class Policy(nn.Module):
@@ -279,7 +271,8 @@ class Policy(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor, length: int, cache=None, keep: bool = False):
         """Logits of the last `length` positions, float32 (rows, length, vocabulary), and the cache,
         of ids (rows, tokens) and of the mask (rows, ·) of these and of what is cached."""
-        inputs = {"input_ids": ids, "position_ids": positions(mask)[:, -ids.shape[1] :]}
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # 0 at the first token, after the padding
+        inputs = {"input_ids": ids, "position_ids": positions[:, -ids.shape[1] :]}
         inputs |= {self.cache: cache, "use_cache": keep, "logits_to_keep": length}
         with torch.autocast(ids.device.type, torch.bfloat16, self.args.dtype == "bfloat16"):
             out = self.lm(attention_mask=mask, **inputs)
@@ -287,10 +280,10 @@ class Policy(nn.Module):
 
     def log_probs(self, rows: list[tuple[list[int], list[int]]]) -> Tensor:
         """log π(y|x), float32 (rows,), of rows (x, y): the sum over the response's tokens."""
-        left = read.pad([x for x, _ in rows], self.texts.pad_id, left=True)
-        right = read.pad([y for _, y in rows], self.texts.pad_id)
-        ids, mask = (torch.from_numpy(np.concatenate(x, 1)) for x in zip(left, right))
-        ids, mask, length = ids.to(self.lm.device), mask.to(self.lm.device), right[0].shape[1]
+        prompts, responses = zip(*rows)
+        x, y = read.pad(prompts, left=True), read.pad(responses)
+        ids, mask = (torch.cat(z, 1).to(self.lm.device) for z in zip(x, y))
+        length = y[0].shape[1]
         logits, _ = self(ids, mask, length + 1)
         log_probs = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, -length:, None]).squeeze(-1)
         return (log_probs * mask[:, -length:]).sum(-1)
@@ -309,14 +302,13 @@ class Policy(nn.Module):
         """Responses to prompts, which processes share: ids up to and with the end token. uniform
         (rows, N) in [0, 1) holds the randomness: token t is where the cumulative probability passes
         it, so no row depends on its batch. All processes end together."""
-        padded = read.pad(share(prompts), self.texts.pad_id, left=True)
-        ids, mask = (torch.from_numpy(x).to(self.lm.device) for x in padded)
+        ids, mask = (x.to(self.lm.device) for x in read.pad(share(prompts), left=True))
         tokens, cache, ended = [], None, torch.zeros_like(ids[:, :1], dtype=torch.bool)
         for u in torch.from_numpy(share(uniform)).to(ids.device).unbind(1):
             logits, cache = self(ids, mask, 1, cache, keep=True)
             cumulative = logits[:, -1].softmax(-1).double().cumsum(-1)
             ids = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)
-            ids = ids.clamp(max=logits.shape[-1] - 1).masked_fill(ended, self.texts.pad_id)
+            ids = ids.clamp(max=logits.shape[-1] - 1).masked_fill(ended, 0)
             tokens.append(ids)
             ended = ended | (ids == self.texts.eos_id)
             if gather(ended).all():
@@ -437,11 +429,10 @@ def evaluate(models, held_out, start, args: Args, run_dir: Path, step: int) -> d
             ranks = torch.stack([scores["kl"], truth]).argsort().argsort().double()
             row["eval/reward_correlation"] = torch.corrcoef(ranks)[0, 1].item()  # Spearman's
     row |= {f"eval/{name}": x.mean().item() for name, x in scores.items()}
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        tqdm.write(f"after {step} steps: {summary(row)}")
-        columns = {"prompt": prompts, "response": responses}
-        columns |= {name: x.tolist() for name, x in scores.items()}
-        read.write_samples(None if args.evaluate else run_dir / "samples.jsonl", columns)
+    columns = {"prompt": prompts, "response": responses}
+    columns |= {name: x.tolist() for name, x in scores.items()}
+    path = None if args.evaluate else run_dir / "samples.jsonl"
+    read.write_samples(path, f"after {step} steps: {summary(row)}", columns)
     return row
 
 
@@ -453,15 +444,14 @@ def summary(row: dict[str, float]) -> str:
     return text
 
 
-def save_model(model, tokenizer, folder: Path, rank: int) -> None:
+def save_model(model, tokenizer, folder: Path) -> None:
     weights = whole(model.state_dict())
 
     def write(path: Path) -> None:
         model.save_pretrained(path, state_dict=weights)
         tokenizer.save_pretrained(path)
 
-    if rank == 0:
-        read.write_whole(folder, write)
+    read.write_whole(folder, write)
 
 
 def parse_args() -> tuple[Args, dict]:

@@ -238,28 +238,25 @@ def main() -> None:
             learned[name].load_state_dict(state[name])
         for module in dict.fromkeys([*learned.values(), reference, base]):
             shard(module.to(device))
-        adam = partial(torch.optim.Adam, fused=True)
-        optimizers = {name: adam(part.parameters()) for name, part in learned.items()}
+        optimizers = {k: torch.optim.Adam(x.parameters(), fused=True) for k, x in learned.items()}
         for name in learned if state else ():
             load_optimizer(optimizers[name], state[f"{name}_optimizer"])
         memory, log = state.get("memory", []), state.get("log", [])  # log: rows of metrics.csv
-        track = read.tracker(args, rank == 0)
-        run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, SCRIPT, rank == 0)
+        track = read.tracker(args)
+        run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, SCRIPT)
 
     models = policy, reference, base, reward, judge.to(device) if judge else None
     held_out, start = (prompts[-n:], prompt_ids[-n:]), state.get("start", {})  # first scores
     evaluation = partial(evaluate, models, held_out, start, args, run_dir)
     if args.evaluate:
-        evaluation(log[-1]["charts/step"])
-        return
+        return evaluation(log[-1]["charts/step"])
     row = {"charts/step": 0, "charts/reward_updates": 0, "charts/wall_seconds": 0.0}
     log = log or [row | evaluation(0)]
     rates = {"policy": args.learning_rate, "value": args.value_learning_rate}
     rates["reward"] = args.reward_learning_rate
     first_step, reward_updates = log[-1]["charts/step"], log[-1]["charts/reward_updates"]
-    bar = tqdm(total=args.ppo_steps, initial=first_step, desc="AIHF", disable=rank > 0)
 
-    for step in range(first_step, args.ppo_steps):
+    for step in tqdm(range(first_step, args.ppo_steps), "AIHF", disable=rank > 0):
         started, row = time.perf_counter(), {}
         share_left = 1 - step / args.ppo_steps if args.anneal else 1.0
         for name, optimizer in optimizers.items():
@@ -272,11 +269,9 @@ def main() -> None:
             indices = read.draw(len(demos), size, k, (args.seed, 1))
             asked = [demo_ids[i] for i in indices]
             uniform = np.random.default_rng([args.seed, 3, k]).random((size, args.response_length))
-            written = []
+            responses = []
             for part in read.parts(0, size, args.batch_size):
-                ids, _, alive = policy.sample(share(asked[part]), share(uniform[part]))
-                written += response_rows(ids, alive)
-            responses = policy.texts.read(asked, written)
+                responses += policy.sample(asked[part], uniform[part])[-1]
             fresh = [demos[i][0] + y for i, y in zip(indices, responses)]
             memory = [*memory, list(zip(indices, fresh))][-args.response_memory :]
             remembered = [entry for of_policy in memory for entry in of_policy]
@@ -318,12 +313,11 @@ def main() -> None:
         rng = np.random.default_rng([args.seed, 6, step])
         uniform = rng.random((args.batch_size, args.response_length))
 
-        def learned_scores(rows: list[list[int]]) -> Tensor:
-            texts = [train_prompts[i] + y for i, y in zip(indices, policy.texts.read(asked, rows))]
-            return reward.score(share(texts))
+        def learned_scores(responses: list[str]) -> Tensor:
+            return reward.score(share([train_prompts[i] + y for i, y in zip(indices, responses)]))
 
-        ids, mask, alive = policy.sample(share(asked), share(uniform))
-        length, scores = alive.shape[1], learned_scores(response_rows(ids, alive))
+        ids, mask, alive, responses = policy.sample(asked, uniform)
+        length, scores = alive.shape[1], learned_scores(responses)
         old_log_probs = policy.score(ids, mask, alive)
         log_ratio = old_log_probs - reference.score(ids, mask, alive)
         has_eos = ((ids[:, -length:] == policy.texts.eos_id) * alive).any(-1).float()
@@ -335,16 +329,15 @@ def main() -> None:
             advantages, returns = generalised_advantages(rewards, old_values, alive, *settings)
             advantages = whiten(advantages, alive)
         else:
-            greedy, _, greedy_alive = policy.sample(share(asked), share(uniform), temperature=1e-6)
-            greedy_scores = learned_scores(response_rows(greedy, greedy_alive))
-            advantages = remax_advantages(rewards, alive, greedy_scores)
+            *_, greedy = policy.sample(asked, uniform, temperature=1e-6)
+            advantages = remax_advantages(rewards, alive, learned_scores(greedy))
 
-        statistics = []  # of each minibatch: policy and value loss, approximate KL, clipped, ratio
+        statistics = []  # of each minibatch: policy and value loss, approximate KL, share clipped
         size = args.minibatch_size // count if is_ppo else len(ids)
         minibatches = read.parts(0, len(ids), size)  # rows were drawn in random order
         for minibatch in minibatches * (args.ppo_epochs if is_ppo else 1):
             weights = alive / total(alive[minibatch].sum())
-            sums = torch.zeros(5, device=device)
+            sums = torch.zeros(4, device=device)
             for part in read.parts(minibatch.start, minibatch.stop, args.micro_batch_size):
                 log_probs = policy.log_probs(ids[part], mask[part], length)
                 old, advantage = old_log_probs[part], advantages[part]
@@ -356,7 +349,7 @@ def main() -> None:
                     errors = 0.5 * (values - returns[part]) ** 2
                     (errors * weights[part]).sum().backward()
                 columns = losses, errors, (log_probs - old) ** 2 / 2, (ratio - 1).abs() > args.clip
-                sums += torch.stack([(x * weights[part]).sum().detach() for x in (*columns, ratio)])
+                sums += torch.stack([(x * weights[part]).sum().detach() for x in columns])
             statistics.append(total(sums))
             for name in ("policy", "value") if is_ppo else ("policy",):
                 descend(learned[name], optimizers[name], args, step, run_dir, sums)
@@ -365,35 +358,29 @@ def main() -> None:
         row |= {"charts/step": step + 1, "charts/episodes": (step + 1) * args.batch_size}
         names = ("losses/policy", "losses/value", "losses/approx_kl", "losses/clip_fraction")
         row |= dict(zip(names, torch.stack(statistics).mean(0).tolist()))
-        row["losses/ratio"] = statistics[0][4].item()  # of the first minibatch: 1 up to rounding
         columns = {"objective/kl": log_ratio.sum(-1), "objective/scores": scores}
         columns |= {"objective/entropy": -old_log_probs.sum(-1), "charts/ended_share": has_eos}
         columns |= {"objective/rlhf_reward": rewards.sum(-1)}
-        columns |= {"charts/response_length": alive.sum(-1).float()}
         row |= {name: gather(column).mean().item() for name, column in columns.items()}
         row["charts/reward_updates"], finished = reward_updates, step + 1 == args.ppo_steps
         if (step + 1) % args.eval_every == 0 or finished:
             row |= evaluation(step + 1)
-        seconds = time.perf_counter() - started
-        row["charts/wall_seconds"] = log[-1]["charts/wall_seconds"] + seconds
+        row["charts/wall_seconds"] = log[-1]["charts/wall_seconds"] + time.perf_counter() - started
         log.append(row)
-        bar.update()
         track(row, step=step + 1)
 
         # =========================================================================== CHECKPOINT
         if finished:  # before the checkpoint: a run killed here makes them again
-            save_model(policy.lm, policy.tokenizer, run_dir / "policy", rank)
-            save_model(reward.model, reward.tokenizer, run_dir / "reward", rank)
+            save_model(policy.lm, policy.tokenizer, run_dir / "policy")
+            save_model(reward.model, reward.tokenizer, run_dir / "reward")
         if (step + 1) % args.checkpoint_every == 0 or finished:
             state = {"script": SCRIPT, "args": asdict(args), "data_hash": data_hash, "log": log}
             state |= {"memory": memory, "start": start}
             for name in learned:
                 state[name] = whole(learned[name].state_dict())
                 state[f"{name}_optimizer"] = whole(optimizers[name].state_dict())
-            if rank == 0:
-                read.write_csv(run_dir / "metrics.csv", log)
-                read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
-    bar.close()
+            read.write_csv(run_dir / "metrics.csv", log)
+            read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
     if rank == 0:
         last = [row for row in log if "eval/kl" in row][-1]
         print(f"final: {summary(last)}; python benchmark/plot.py {run_dir} draws it")
@@ -406,10 +393,7 @@ def main() -> None:
 # in evaluation mode, as from_pretrained returns them.
 def load(kind: str, name: str, args: Args, new_head: bool = False, **kwargs):
     """A float32 model of a transformers Auto class and its tokenizer; no remote code is run.
-    ValueError for a folder that is not there or lacks a tokenizer or weights, but for a new head's.
-    """
-    if read.is_local(name) and not Path(name).exists():
-        raise ValueError(f"there is no model {name}")
+    ValueError for a folder that lacks a tokenizer or weights (a new head's excepted)."""
     auto, kwargs["trust_remote_code"] = getattr(transformers, kind), False
     model, info = auto.from_pretrained(name, output_loading_info=True, **kwargs)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -474,31 +458,30 @@ class Policy(nn.Module):
         self, prompts: list[list[int]], uniform: np.ndarray, temperature: float | None = None
     ):
         """Prompts with sampled responses, ids and mask (rows, P + N), and the responses' mask
-        (rows, N), 1 up to and with the end token.
+        (rows, N), 1 up to and with the end token, of this process's rows; the texts of all rows'.
 
         uniform (rows, N) in [0, 1) holds the randomness: token t is where the cumulative
         probability passes it, so no row depends on its batch. All processes end together.
         """
-        device, texts = next(self.parameters()).device, self.texts
-        padded = read.pad(prompts, texts.pad_id, left=True)
-        ids, mask = (torch.from_numpy(x).to(device) for x in padded)
-        token, cache, attention, tokens = ids, None, mask, []
-        ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=device)
-        for u in torch.from_numpy(uniform).to(device).unbind(1):
+        ids, mask = (x.to(self.lm.device) for x in read.pad(share(prompts), left=True))
+        token, cache, attention, tokens, alive = ids, None, mask, [], []
+        ended = torch.zeros_like(ids[:, :1], dtype=torch.bool)
+        for u in torch.from_numpy(share(uniform)).to(ids.device).unbind(1):
             logits, cache = self(token, attention, 1, cache, keep=True)
             logits = logits[:, -1] / (temperature or self.args.temperature)
             cumulative = logits.softmax(-1).double().cumsum(-1)
             token = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)
-            token = token.clamp(max=logits.shape[-1] - 1).masked_fill(ended, texts.pad_id)
+            token = token.clamp(max=logits.shape[-1] - 1).masked_fill(ended, 0)
             tokens.append(token)
-            ended = ended | (token == texts.eos_id)
+            alive.append((~ended).long())
+            ended = ended | (token == self.texts.eos_id)
             if total((~ended).sum()) == 0:
                 break
             attention = torch.cat([attention, torch.ones_like(token)], 1)
-        responses = torch.cat(tokens, 1)
-        ends = (responses == texts.eos_id).long()
-        alive = (ends.cumsum(-1) - ends == 0).long()
-        return torch.cat([ids, responses], 1), torch.cat([mask, alive], 1), alive
+        responses, alive = torch.cat(tokens, 1), torch.cat(alive, 1)
+        rows = zip(gather(responses).tolist(), gather(alive.sum(-1)).tolist())
+        texts = self.texts.read(prompts, [row[:length] for row, length in rows])
+        return torch.cat([ids, responses], 1), torch.cat([mask, alive], 1), alive, texts
 
 
 class Scorer(nn.Module):
@@ -520,10 +503,9 @@ class Scorer(nn.Module):
         self.prefix, self.suffix = read.special_tokens(self.tokenizer)
         self.is_decoder = hasattr(self.model, "score")  # GPT-2, GPT-NeoX, Llama ...: a linear head
         embeddings = getattr(self.model.base_model, "embeddings", None)
-        padding = getattr(embeddings, "padding_idx", None)  # RoBERTa's positions begin after it
+        unused = getattr(embeddings, "padding_idx", -1) + 1  # RoBERTa's positions begin after it
         limit = getattr(self.model.config, "max_position_embeddings", None) or 10**6
-        limit -= 0 if padding is None else padding + 1
-        limit = min(limit, self.tokenizer.model_max_length)
+        limit = min(limit - unused, self.tokenizer.model_max_length)
         self.limit = limit - len(self.prefix) - len(self.suffix)
         self.register_buffer("offset", torch.zeros(()))  # R is shifted by it
 
@@ -543,7 +525,7 @@ class Scorer(nn.Module):
         """R of texts: (texts,); of a text that is too long the end is read."""
         rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         rows = [self.prefix + row[-self.limit :] + self.suffix or [0] for row in rows]
-        ids, mask = (torch.from_numpy(x).to(self.offset.device) for x in read.pad(rows, 0))
+        ids, mask = (x.to(self.offset.device) for x in read.pad(rows))
         return self(ids, mask).gather(1, mask.sum(-1, keepdim=True) - 1).squeeze(-1)
 
     @torch.no_grad()
@@ -557,13 +539,6 @@ class Scorer(nn.Module):
         """V of the states in which the last `length` tokens are chosen: (rows, length)."""
         rows = read.parts(0, len(ids), self.args.micro_batch_size)
         return torch.cat([self(ids[part], mask[part]) for part in rows])[:, -length - 1 : -1]
-
-
-# ---------------------------------------------------------------------------- rows and batches
-def response_rows(ids: Tensor, alive: Tensor) -> list[list[int]]:
-    """Token ids of the responses that Policy.sample gave, those of all processes."""
-    responses, lengths = gather(ids[:, -alive.shape[1] :]), gather(alive.sum(-1))
-    return [row[:length] for row, length in zip(responses.tolist(), lengths.tolist())]
 
 
 def descend(module, optimizer, args: Args, step: int, run_dir: Path, loss: Tensor) -> None:
@@ -655,30 +630,25 @@ def evaluate(models, held_out, start, args: Args, run_dir: Path, step: int) -> d
     """Means over held-out prompts, printed with samples: the only reader of the ground truth."""
     (policy, reference, base, reward, judge), (prompts, prompt_ids) = models, held_out
     uniform = np.random.default_rng(10_000).random((len(prompts), args.response_length))
-    ids, mask, alive = policy.sample(share(prompt_ids), share(uniform))
-    log_probs, scores = policy.score(ids, mask, alive), {}
-    for name, other in (("kl", reference), ("kl_base", base)):
-        scores[name] = (log_probs - other.score(ids, mask, alive)).sum(-1)
-    scores["response_length"] = alive.sum(-1).float()
-    responses = policy.texts.read(prompt_ids, response_rows(ids, alive))
+    ids, mask, alive, responses = policy.sample(prompt_ids, uniform)
+    log_probs = policy.score(ids, mask, alive)
+    kl, kl_base = ((log_probs - x.score(ids, mask, alive)).sum(-1) for x in (reference, base))
+    scores = {"kl": kl, "kl_base": kl_base, "response_length": alive.sum(-1).float()}
     texts = share([x + y for x, y in zip(prompts, responses)])
     scores["learned_score"] = reward.score(texts)
-    if judge:
-        scores["gt_score"] = judge.score(texts)
     scores = {name: gather(x).cpu() for name, x in scores.items()}
     row = {f"eval/{name}": x.mean().item() for name, x in scores.items()}
     if judge:
-        truth, learned = scores["gt_score"], scores["learned_score"]
+        scores["gt_score"] = truth = gather(judge.score(texts)).cpu()
         before = start.setdefault("gt_score", truth)
-        row["eval/gt_score_std"] = truth.std().item()
+        row |= {"eval/gt_score": truth.mean().item(), "eval/gt_score_std": truth.std().item()}
         row["eval/win_rate"] = ((truth > before).float() + 0.5 * (truth == before)).mean().item()
-        ranks = torch.stack([learned, truth]).argsort().argsort().double()
+        ranks = torch.stack([scores["learned_score"], truth]).argsort().argsort().double()
         row["eval/reward_correlation"] = torch.corrcoef(ranks)[0, 1].item()  # Spearman's
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        tqdm.write(f"after {step} steps: {summary(row)}")
-        columns = {"prompt": prompts, "response": responses}
-        columns |= {name: x.tolist() for name, x in scores.items()}
-        read.write_samples(None if args.evaluate else run_dir / "samples.jsonl", columns)
+    columns = {"prompt": prompts, "response": responses}
+    columns |= {name: x.tolist() for name, x in scores.items()}
+    path = None if args.evaluate else run_dir / "samples.jsonl"
+    read.write_samples(path, f"after {step} steps: {summary(row)}", columns)
     return row
 
 
@@ -690,15 +660,14 @@ def summary(row: dict[str, float]) -> str:
     return text
 
 
-def save_model(model, tokenizer, folder: Path, rank: int) -> None:
+def save_model(model, tokenizer, folder: Path) -> None:
     weights = whole(model.state_dict())
 
     def write(path: Path) -> None:
         model.save_pretrained(path, state_dict=weights)
         tokenizer.save_pretrained(path)
 
-    if rank == 0:
-        read.write_whole(folder, write)
+    read.write_whole(folder, write)
 
 
 def parse_args() -> tuple[Args, dict]:

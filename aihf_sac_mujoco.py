@@ -31,6 +31,7 @@ import tyro
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from data_gen import read
@@ -209,9 +210,7 @@ def main() -> None:
         if state:
             if state["data_hash"] != data_hash:
                 raise ValueError(f"the run learned from other data than {data_dir} now holds")
-            for net, tensors in state["sac"].items():
-                for key, tensor in tensors.items():
-                    sac[net][key].copy_(tensor)
+            tree_map(Tensor.copy_, sac, state["sac"])
             for name, learned in modules.items():
                 learned.load_state_dict(state[name])
             replay[demo_steps : demo_steps + len(state["replay"])] = state["replay"]

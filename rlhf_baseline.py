@@ -24,7 +24,6 @@ import copy
 import inspect
 import math
 import os
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -44,7 +43,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call, grad_and_value
 from torch.optim.swa_utils import AveragedModel
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -245,9 +244,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         if state:
             if state["data_hash"] != data_hash:
                 raise ValueError(f"the run learned from other data than {data_dir} now holds")
-            for net, tensors in state["sac"].items():
-                for key, tensor in tensors.items():
-                    sac[net][key].copy_(tensor)
+            tree_map(Tensor.copy_, sac, state["sac"])
             if args.kl_coefficient:  # then β is a setting and no state: a flag given now wins
                 sac["beta"]["log"].fill_(math.log(args.kl_coefficient))
             averaged.load_state_dict(state["averaged"])
@@ -329,9 +326,6 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             train, held_out = ((margins > 0)[part].double() for part in pair_split)
             row["reward/preference_accuracy"] = train.mean().item()
             row["reward/held_out_accuracy"] = held_out.mean().item()
-            row["reward/demonstrations"] = reward(data["high"]).mean().item()
-        scores = evaluate(eval_env, averaged.module, args.eval_episodes, reward)
-        row["eval/reward_correlation"] = scores["eval/reward_correlation"]
         print(f"reward model: {row['reward/held_out_accuracy']:.0%} of held-out pairs in order")
         add_to_log(row, started)
         stage = 3
@@ -345,7 +339,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
     bar = tqdm(total=last_step, initial=step, desc=args.env, unit="step", disable=last_step == 0)
 
     while step < last_step:
-        started, first_step, resets = time.perf_counter(), step, 1
+        started, first_step = time.perf_counter(), step
         share_left = 1 - step / args.total_timesteps if args.anneal else 1.0
         learning_rate = torch.tensor(args.learning_rate * share_left, device=device)
         obs, _ = env.reset(seed=int(rng.integers(2**31)))
@@ -357,7 +351,6 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
                 next_obs, _, terminated, truncated, _ = env.step(action)
                 replay[demo_steps + step] = np.concatenate([obs, action, next_obs, [terminated]])
                 obs = env.reset()[0] if terminated or truncated else next_obs
-                resets += terminated or truncated
                 step += 1
             index = rng.integers(demo_steps + step, size=(block, args.batch_size))
             batches = torch.from_numpy(replay[index]).to(device).split(widths, dim=-1)
@@ -382,7 +375,6 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         row["losses/beta"] = sac["beta"]["log"].exp().item()
         row |= {"reward/demonstrations": r_demos, "reward/policy": r_policy.mean().item()}
         row |= {"reward/gap": r_demos - row["reward/policy"], "reward/max": r_policy.max().item()}
-        row["charts/episode_length"] = (step - first_step) / resets
         row["charts/SPS"] = (step - first_step) / (time.perf_counter() - started)
         if iteration % args.eval_every == 0 or finished:
             row |= evaluate(eval_env, averaged.module, args.eval_episodes, reward)
@@ -681,10 +673,9 @@ HELD_OUT = ("held_out_loss", "chosen", "rejected", "margins", "accuracies")  # i
 def sft_losses(policy, demos: list[tuple[list[int], list[int]]]) -> Tensor:
     """-log π(y|x) of token ids x and y: (rows, 1)."""
     prompts, completions = zip(*demos)
-    x = read.pad(prompts, policy.texts.pad_id, left=True)
-    y = read.pad(completions, policy.texts.pad_id)
-    device, length = next(policy.parameters()).device, y[0].shape[1]
-    ids, mask = (torch.from_numpy(np.concatenate(z, 1)).to(device) for z in zip(x, y))
+    x, y = read.pad(prompts, left=True), read.pad(completions)
+    ids, mask = (torch.cat(z, 1).to(policy.lm.device) for z in zip(x, y))
+    length = y[0].shape[1]
     return -(policy.log_probs(ids, mask, length) * mask[:, -length:]).sum(-1, keepdim=True)
 
 
@@ -739,8 +730,6 @@ def llm(args: LlmArgs, state: dict) -> None:
         if args.batch_size % args.minibatch_size:
             raise ValueError("--batch-size must be a multiple of --minibatch-size")
         device, rank, count = start_processes(args)
-        if args.sft_batch_size % count:
-            raise ValueError(f"--sft-batch-size must be a multiple of {count} processes")
 
         # What is learned, a copy of what did best in stages 1 and 2, and what is not learned
         initial = args.sft_model_path or args.model_name_or_path
@@ -790,16 +779,13 @@ def llm(args: LlmArgs, state: dict) -> None:
         for module in (*modules.values(), base):
             shard(module.to(device))
         learned = {"sft": policy, "rewards": reward, "policy": policy, "value": value}
-        adam = partial(torch.optim.Adam, fused=True)
-        optimizers = {name: adam(part.parameters()) for name, part in learned.items()}
+        optimizers = {k: torch.optim.Adam(x.parameters(), fused=True) for k, x in learned.items()}
         for name in optimizers if state else ():
             load_optimizer(optimizers[name], state[f"{name}_optimizer"])
         log = state.get("log", [])  # rows of metrics.csv
         stage, first_step = (log[-1][f"charts/{x}"] for x in ("stage", "step")) if log else (1, 0)
-        track = read.tracker(args, rank == 0)
-        run_dir = Path(args.evaluate)
-        if not args.evaluate:
-            run_dir = read.open_run(args, f"{SCRIPT} llm", rank == 0)
+        track = read.tracker(args)
+        run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, f"{SCRIPT} llm")
 
     models = policy, reference, base, reward, judge.to(device) if judge else None
     held_out_prompts, start = (prompts[-n:], prompt_ids[-n:]), state.get("start", {})
@@ -819,9 +805,8 @@ def llm(args: LlmArgs, state: dict) -> None:
         state |= {"log": log, "start": start}
         state |= {name: whole(module.state_dict()) for name, module in modules.items()}
         state |= {f"{name}_optimizer": whole(x.state_dict()) for name, x in optimizers.items()}
-        if rank == 0:
-            read.write_csv(run_dir / "metrics.csv", log)
-            read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
+        read.write_csv(run_dir / "metrics.csv", log)
+        read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
 
     def learn(name, module, best, losses, rows, lengths, split, size, epochs, learning_rate):
         """Adam on the losses of batches of rows over their lengths. The module ends with those of
@@ -862,7 +847,7 @@ def llm(args: LlmArgs, state: dict) -> None:
             data = list(zip(demo_ids, completions)), list(map(len, completions)), splits[0]
             schedule = args.sft_batch_size, args.sft_epochs, args.sft_learning_rate
             learn("sft", policy, reference, sft_losses, *data, *schedule)
-            save_model(policy.lm, policy.tokenizer, run_dir / "sft", rank)
+            save_model(policy.lm, policy.tokenizer, run_dir / "sft")
         stage, first_step = 2, 0
 
     # ================ 2. REWARD MODEL: θ = argmax_θ L2(θ), (11), over preferences (τ_l ≺ τ_w) ~ P
@@ -871,7 +856,7 @@ def llm(args: LlmArgs, state: dict) -> None:
             data = pairs, [1] * len(pairs), splits[1]
             schedule = args.reward_batch_size, args.reward_epochs, args.reward_learning_rate
             learn("rewards", reward, best_reward, preference_losses, *data, *schedule)
-            save_model(reward.model, reward.tokenizer, run_dir / "reward", rank)
+            save_model(reward.model, reward.tokenizer, run_dir / "reward")
         stage, first_step = 3, 0
 
         started = time.perf_counter()
@@ -882,14 +867,11 @@ def llm(args: LlmArgs, state: dict) -> None:
         if critic_from_reward:
             value.load_state_dict(reward.state_dict())  # the critic begins as the reward
         add_to_log(0, evaluation(0), started)
-        if rank == 0:
-            shutil.copy(run_dir / "samples.jsonl", run_dir / "samples_sft.jsonl")
 
     # ==================== 3. RL: π = argmax_π E[R] - β KL(π ‖ π_SFT), (4) with θ frozen, by PPO
     rates = {"policy": args.learning_rate, "value": args.value_learning_rate}
-    bar = tqdm(total=args.ppo_steps, initial=first_step, desc="3. PPO", disable=rank > 0)
 
-    for step in range(first_step, args.ppo_steps):
+    for step in tqdm(range(first_step, args.ppo_steps), "3. PPO", disable=rank > 0):
         started = time.perf_counter()
         share_left = 1 - step / args.ppo_steps if args.anneal else 1.0
         for name, rate in rates.items():
@@ -900,10 +882,10 @@ def llm(args: LlmArgs, state: dict) -> None:
         asked = [train_ids[i] for i in indices]
         uniform = np.random.default_rng([args.seed, 4, step])
         uniform = uniform.random((args.batch_size, args.response_length))
-        ids, mask, alive = policy.sample(share(asked), share(uniform))
-        length, responses = alive.shape[1], policy.texts.read(asked, response_rows(ids, alive))
+        ids, mask, alive, responses = policy.sample(asked, uniform)
         texts = [train_prompts[i] + response for i, response in zip(indices, responses)]
-        scores, old_log_probs = reward.score(share(texts)), policy.score(ids, mask, alive)
+        length, scores = alive.shape[1], reward.score(share(texts))
+        old_log_probs = policy.score(ids, mask, alive)
         log_ratio = old_log_probs - reference.score(ids, mask, alive)
         has_eos = ((ids[:, -length:] == policy.texts.eos_id) * alive).any(-1).float()
         penalised = scores - args.missing_eos_penalty * (1 - has_eos)
@@ -913,11 +895,11 @@ def llm(args: LlmArgs, state: dict) -> None:
         advantages = whiten(advantages, alive)
 
         # ========================================= UPDATE: the clipped objective and V, by Adam
-        statistics = []  # of each minibatch: policy and value loss, approximate KL, clipped, ratio
+        statistics = []  # of each minibatch: policy and value loss, approximate KL, share clipped
         minibatches = read.parts(0, len(ids), args.minibatch_size // count)  # drawn at random
         for minibatch in minibatches * args.ppo_epochs:
             weights = alive / total(alive[minibatch].sum())
-            sums = torch.zeros(5, device=device)
+            sums = torch.zeros(4, device=device)
             for part in read.parts(minibatch.start, minibatch.stop, args.micro_batch_size):
                 log_probs = policy.log_probs(ids[part], mask[part], length)
                 old, advantage = old_log_probs[part], advantages[part]
@@ -927,7 +909,7 @@ def llm(args: LlmArgs, state: dict) -> None:
                 errors = 0.5 * (values - returns[part]) ** 2
                 (errors * weights[part]).sum().backward()
                 columns = losses, errors, (log_probs - old) ** 2 / 2, (ratio - 1).abs() > args.clip
-                sums += torch.stack([(x * weights[part]).sum().detach() for x in (*columns, ratio)])
+                sums += torch.stack([(x * weights[part]).sum().detach() for x in columns])
             statistics.append(total(sums))
             for name in rates:
                 descend(learned[name], optimizers[name], args, step, run_dir, sums)
@@ -935,24 +917,20 @@ def llm(args: LlmArgs, state: dict) -> None:
         # ===================================================================== LOG and EVALUATE
         names = ("losses/policy", "losses/value", "losses/approx_kl", "losses/clip_fraction")
         row = dict(zip(names, torch.stack(statistics).mean(0).tolist()))
-        row["losses/ratio"] = statistics[0][4].item()  # of the first minibatch: 1 up to rounding
         columns = {"objective/kl": log_ratio.sum(-1), "objective/scores": scores}
         columns |= {"objective/entropy": -old_log_probs.sum(-1), "charts/ended_share": has_eos}
         columns |= {"objective/rlhf_reward": rewards.sum(-1)}
-        columns |= {"charts/response_length": alive.sum(-1).float()}
         row |= {name: gather(column).mean().item() for name, column in columns.items()}
         finished = step + 1 == args.ppo_steps
         if (step + 1) % args.eval_every == 0 or finished:
             row |= evaluation(step + 1)
         add_to_log(step + 1, row, started)
-        bar.update()
 
         # =========================================================================== CHECKPOINT
         if finished:  # before the checkpoint: a run killed here makes it again
-            save_model(policy.lm, policy.tokenizer, run_dir / "policy", rank)
+            save_model(policy.lm, policy.tokenizer, run_dir / "policy")
         if (step + 1) % args.checkpoint_every == 0 or finished:
             save_checkpoint()
-    bar.close()
     if rank == 0:
         evaluated = [row for row in log if "eval/kl" in row]
         print(f"final: {summary(evaluated[-1])}; python benchmark/plot.py {run_dir} draws it")
@@ -965,10 +943,7 @@ def llm(args: LlmArgs, state: dict) -> None:
 # in evaluation mode, as from_pretrained returns them.
 def load(kind: str, name: str, args: LlmArgs, new_head: bool = False, **kwargs):
     """A float32 model of a transformers Auto class and its tokenizer; no remote code is run.
-    ValueError for a folder that is not there or lacks a tokenizer or weights, but for a new head's.
-    """
-    if read.is_local(name) and not Path(name).exists():
-        raise ValueError(f"there is no model {name}")
+    ValueError for a folder that lacks a tokenizer or weights (a new head's excepted)."""
     auto, kwargs["trust_remote_code"] = getattr(transformers, kind), False
     model, info = auto.from_pretrained(name, output_loading_info=True, **kwargs)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -1031,31 +1006,30 @@ class Policy(nn.Module):
     @torch.no_grad()
     def sample(self, prompts: list[list[int]], uniform: np.ndarray):
         """Prompts with sampled responses, ids and mask (rows, P + N), and the responses' mask
-        (rows, N), 1 up to and with the end token.
+        (rows, N), 1 up to and with the end token, of this process's rows; the texts of all rows'.
 
         uniform (rows, N) in [0, 1) holds the randomness: token t is where the cumulative
         probability passes it, so no row depends on its batch. All processes end together.
         """
-        device, texts = next(self.parameters()).device, self.texts
-        padded = read.pad(prompts, texts.pad_id, left=True)
-        ids, mask = (torch.from_numpy(x).to(device) for x in padded)
-        token, cache, attention, tokens = ids, None, mask, []
-        ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=device)
-        for u in torch.from_numpy(uniform).to(device).unbind(1):
+        ids, mask = (x.to(self.lm.device) for x in read.pad(share(prompts), left=True))
+        token, cache, attention, tokens, alive = ids, None, mask, [], []
+        ended = torch.zeros_like(ids[:, :1], dtype=torch.bool)
+        for u in torch.from_numpy(share(uniform)).to(ids.device).unbind(1):
             logits, cache = self(token, attention, 1, cache, keep=True)
             logits = logits[:, -1] / self.args.temperature
             cumulative = logits.softmax(-1).double().cumsum(-1)
             token = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)
-            token = token.clamp(max=logits.shape[-1] - 1).masked_fill(ended, texts.pad_id)
+            token = token.clamp(max=logits.shape[-1] - 1).masked_fill(ended, 0)
             tokens.append(token)
-            ended = ended | (token == texts.eos_id)
+            alive.append((~ended).long())
+            ended = ended | (token == self.texts.eos_id)
             if total((~ended).sum()) == 0:
                 break
             attention = torch.cat([attention, torch.ones_like(token)], 1)
-        responses = torch.cat(tokens, 1)
-        ends = (responses == texts.eos_id).long()
-        alive = (ends.cumsum(-1) - ends == 0).long()
-        return torch.cat([ids, responses], 1), torch.cat([mask, alive], 1), alive
+        responses, alive = torch.cat(tokens, 1), torch.cat(alive, 1)
+        rows = zip(gather(responses).tolist(), gather(alive.sum(-1)).tolist())
+        texts = self.texts.read(prompts, [row[:length] for row, length in rows])
+        return torch.cat([ids, responses], 1), torch.cat([mask, alive], 1), alive, texts
 
 
 class Scorer(nn.Module):
@@ -1077,10 +1051,9 @@ class Scorer(nn.Module):
         self.prefix, self.suffix = read.special_tokens(self.tokenizer)
         self.is_decoder = hasattr(self.model, "score")  # GPT-2, GPT-NeoX, Llama ...: a linear head
         embeddings = getattr(self.model.base_model, "embeddings", None)
-        padding = getattr(embeddings, "padding_idx", None)  # RoBERTa's positions begin after it
+        unused = getattr(embeddings, "padding_idx", -1) + 1  # RoBERTa's positions begin after it
         limit = getattr(self.model.config, "max_position_embeddings", None) or 10**6
-        limit -= 0 if padding is None else padding + 1
-        limit = min(limit, self.tokenizer.model_max_length)
+        limit = min(limit - unused, self.tokenizer.model_max_length)
         self.limit = limit - len(self.prefix) - len(self.suffix)
         self.register_buffer("offset", torch.zeros(()))  # R is shifted by it
 
@@ -1100,7 +1073,7 @@ class Scorer(nn.Module):
         """R of texts: (texts,); of a text that is too long the end is read."""
         rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         rows = [self.prefix + row[-self.limit :] + self.suffix or [0] for row in rows]
-        ids, mask = (torch.from_numpy(x).to(self.offset.device) for x in read.pad(rows, 0))
+        ids, mask = (x.to(self.offset.device) for x in read.pad(rows))
         return self(ids, mask).gather(1, mask.sum(-1, keepdim=True) - 1).squeeze(-1)
 
     @torch.no_grad()
@@ -1143,8 +1116,8 @@ def start_processes(args: LlmArgs) -> tuple[torch.device, int, int]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     began = gather(torch.tensor([time.time_ns()], device=device))[0]  # the same in every process
     args.run_name = args.run_name or f"llm__{SCRIPT[:-3]}__{args.seed}__{began}"
-    sizes = args.reward_batch_size, args.minibatch_size, args.eval_prompts
-    if any(size % count for size in sizes):
+    batches = args.sft_batch_size, args.reward_batch_size, args.minibatch_size
+    if any(size % count for size in (*batches, args.eval_prompts)):
         raise ValueError(f"batches and --eval-prompts must be multiples of {count} processes")
     return device, rank, count
 
@@ -1161,12 +1134,6 @@ def gather(x: Tensor) -> Tensor:
     shares = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(shares, x.contiguous())
     return torch.stack(shares, 1).flatten(0, 1)
-
-
-def response_rows(ids: Tensor, alive: Tensor) -> list[list[int]]:
-    """Token ids of the responses that Policy.sample gave, those of all processes."""
-    responses, lengths = gather(ids[:, -alive.shape[1] :]), gather(alive.sum(-1))
-    return [row[:length] for row, length in zip(responses.tolist(), lengths.tolist())]
 
 
 def total(x: Tensor) -> Tensor:
@@ -1211,30 +1178,26 @@ def evaluate_responses(models, held_out, start, args: LlmArgs, run_dir: Path, st
     """Means over held-out prompts, printed with samples: the only reader of the ground truth."""
     (policy, reference, base, reward, judge), (prompts, prompt_ids) = models, held_out
     uniform = np.random.default_rng(10_000).random((len(prompts), args.response_length))
-    ids, mask, alive = policy.sample(share(prompt_ids), share(uniform))
-    log_probs, scores = policy.score(ids, mask, alive), {}
-    for name, other in (("kl", reference), ("kl_base", base)):
-        scores[name] = (log_probs - other.score(ids, mask, alive)).sum(-1)
-    scores["response_length"] = alive.sum(-1).float()
-    responses = policy.texts.read(prompt_ids, response_rows(ids, alive))
+    ids, mask, alive, responses = policy.sample(prompt_ids, uniform)
+    log_probs = policy.score(ids, mask, alive)
+    kl, kl_base = ((log_probs - x.score(ids, mask, alive)).sum(-1) for x in (reference, base))
+    scores = {"kl": kl, "kl_base": kl_base, "response_length": alive.sum(-1).float()}
     texts = share([x + y for x, y in zip(prompts, responses)])
     scores["learned_score"] = reward.score(texts)
-    if judge:
-        scores["gt_score"] = judge.score(texts)
     scores = {name: gather(x).cpu() for name, x in scores.items()}
     row = {f"eval/{name}": x.mean().item() for name, x in scores.items()}
     if judge:
-        truth, learned = scores["gt_score"], scores["learned_score"]
+        scores["gt_score"] = truth = gather(judge.score(texts)).cpu()
         before = start.setdefault("gt_score", truth)
-        row["eval/gt_score_std"] = truth.std().item()
+        row |= {"eval/gt_score": truth.mean().item(), "eval/gt_score_std": truth.std().item()}
         row["eval/win_rate"] = ((truth > before).float() + 0.5 * (truth == before)).mean().item()
-        ranks = torch.stack([learned, truth]).argsort().argsort().double()
+        ranks = torch.stack([scores["learned_score"], truth]).argsort().argsort().double()
         row["eval/reward_correlation"] = torch.corrcoef(ranks)[0, 1].item()  # Spearman's
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        tqdm.write(f"after {step} steps: {summary(row)}")
-        columns = {"prompt": prompts, "response": responses}
-        columns |= {name: x.tolist() for name, x in scores.items()}
-        read.write_samples(None if args.evaluate else run_dir / "samples.jsonl", columns)
+    columns = {"prompt": prompts, "response": responses}
+    columns |= {name: x.tolist() for name, x in scores.items()}
+    name = "samples.jsonl" if step else "samples_sft.jsonl"
+    path = None if args.evaluate else run_dir / name
+    read.write_samples(path, f"after {step} steps: {summary(row)}", columns)
     return row
 
 
@@ -1246,15 +1209,14 @@ def summary(row: dict[str, float]) -> str:
     return text
 
 
-def save_model(model, tokenizer, folder: Path, rank: int) -> None:
+def save_model(model, tokenizer, folder: Path) -> None:
     weights = whole(model.state_dict())
 
     def write(path: Path) -> None:
         model.save_pretrained(path, state_dict=weights)
         tokenizer.save_pretrained(path)
 
-    if rank == 0:
-        read.write_whole(folder, write)
+    read.write_whole(folder, write)
 
 
 # ------------------------------------------------------------------------------- the command line

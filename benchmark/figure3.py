@@ -5,7 +5,8 @@
 
 adds what it finds in runs/ to results/figure3.csv (a row an evaluation) and
 results/figure3_runs.csv (a row a run, of every variant), draws figures/figure3*.png from these and
-prints the tables of benchmark/README.md. Runs that are no longer in runs/ keep their rows.
+prints the tables of benchmark/README.md. Runs that are no longer in runs/ keep their rows. What
+earlier defaults gave is in results/figure3_runs_earlier.csv, which nothing here touches.
 """
 
 import json
@@ -193,11 +194,14 @@ if __name__ == "__main__":
     finals = merge(RUNS, new_finals, ("env", "method", "variant", "seed"), by_steps)
     print(table(finals))
     for other in ("rlhf", "rlhf-no-kl", "bc"):
-        print(improvement(finals, "aihf", other))
+        if all(len(finals_of(finals, env, other)) for env in ENVS):
+            print(improvement(finals, "aihf", other))
     figures, sources = (
         ROOT / "benchmark/figures",
         ("aihf", "demonstrations-only", "preferences-only"),
     )
     draw_curves(curves, ENVS, ("aihf", "rlhf", "rlhf-no-kl", "bc"), figures / "figure3.png")
-    draw_curves(curves, ENVS[:2], (*sources, "bc"), figures / "figure3_sources.png")
-    draw_sweeps(finals, figures / "figure3_less_data.png")
+    if len(finals_of(finals, "Hopper-v4", "preferences-only")):
+        draw_curves(curves, ENVS[:2], (*sources, "bc"), figures / "figure3_sources.png")
+    if any(row["variant"] != "default" for row in finals):
+        draw_sweeps(finals, figures / "figure3_less_data.png")

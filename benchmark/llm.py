@@ -158,8 +158,8 @@ def draw_sweep(axis, rows: list[dict], name: str) -> None:
         ]
         for x, y in enumerate(finals):
             axis.plot([x] * len(y), y, "o", color=COLORS[method], alpha=0.4, markersize=4)
-        mean = [np.mean(y) if y else np.nan for y in finals]
-        axis.plot(range(len(sizes)), mean, color=COLORS[method], label=method)
+        means = {x: np.mean(y) for x, y in enumerate(finals) if y}
+        axis.plot(list(means), list(means.values()), color=COLORS[method], label=method)
     labels = [size[which].partition("flip")[2] or size[which] for size in sizes]
     axis.set_xticks(range(len(sizes)), ["0", *labels[1:]] if "flipped" in name else labels)
 

@@ -42,11 +42,10 @@ def judged(prompts: list[str], responses: list[str], judges: dict) -> dict[str, 
 @torch.no_grad()
 def perplexity(base: Policy, prompt_ids: list, response_ids: list) -> float:
     """exp of the mean negative log-likelihood of a response's token under the base model."""
-    x, x_mask = read.pad(prompt_ids, base.texts.pad_id, left=True)
-    y, y_mask = read.pad(response_ids, base.texts.pad_id)
-    ids, mask = (torch.from_numpy(np.concatenate(z, 1)) for z in ((x, y), (x_mask, y_mask)))
-    log_probs = base.score(ids, mask, torch.from_numpy(y_mask))
-    return float((-log_probs.sum() / y_mask.sum()).exp())
+    x, y = read.pad(prompt_ids, left=True), read.pad(response_ids)
+    ids, mask = (torch.cat(z, 1) for z in zip(x, y))
+    log_probs = base.score(ids, mask, y[1])
+    return float((-log_probs.sum() / y[1].sum()).exp())
 
 
 def measure(policy: Policy, base: Policy, judges: dict, prompts: list[str], temperature: float):
@@ -54,10 +53,10 @@ def measure(policy: Policy, base: Policy, judges: dict, prompts: list[str], temp
     policy.args = Args(temperature=temperature)
     prompt_ids = policy.texts.prompts(prompts, "the prompts")
     uniform = np.random.default_rng(10_000).random((len(prompts), Args.response_length))
-    ids, mask, alive = policy.sample(prompt_ids, uniform)
+    ids, mask, alive, texts = policy.sample(prompt_ids, uniform)
     entropy = -policy.score(ids, mask, alive).sum(-1).mean().item()
     rows = [row[:n] for row, n in zip(ids[:, -alive.shape[1] :].tolist(), alive.sum(-1).tolist())]
-    row = judged(prompts, policy.texts.read(prompt_ids, rows), judges) | {"entropy": entropy}
+    row = judged(prompts, texts, judges) | {"entropy": entropy}
     return row | {"base_perplexity": perplexity(base, prompt_ids, rows)}
 
 

@@ -18,6 +18,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+WRITES = os.environ.get("RANK", "0") == "0"  # the first process alone, of those of a torchrun
 
 
 # ------------------------------------------------------------------------------------- errors
@@ -64,6 +70,8 @@ def check_finite(step: int, run_dir: Path, **tensors) -> None:
 def write_whole(path: Path, write) -> None:
     """write(path) to a neighbour of a unique name, a file or folder, flushed to disk and renamed:
     a reader sees the old one or the new. SystemExit with one line if the disk is full, say."""
+    if not WRITES:
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -99,11 +107,12 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     write_whole(path, lambda path: path.write_text("\n".join([",".join(columns), *lines, ""])))
 
 
-def write_samples(path: Path | None, columns: dict[str, list]) -> None:
-    """Prints the first three of a table's rows of prompt, response and last column, a score; all
-    rows go to a file .jsonl, if there is a path."""
-    from tqdm import tqdm
-
+def write_samples(path: Path | None, title: str, columns: dict[str, list]) -> None:
+    """Prints a title and the first three of a table's rows of prompt, response and last column, a
+    score; all rows go to a file .jsonl, if there is a path."""
+    if not WRITES:
+        return
+    tqdm.write(title)
     samples = [dict(zip(columns, values)) for values in zip(*columns.values())]
     for prompt, response, *_, score in list(zip(*columns.values()))[:3]:
         tqdm.write(f"  {score:6.2f} | {' '.join(f'{prompt[-60:]} >> {response}'.split())[:160]}")
@@ -112,9 +121,9 @@ def write_samples(path: Path | None, columns: dict[str, list]) -> None:
         write_whole(path, lambda path: path.write_text(lines))
 
 
-def open_run(args, script: str, writes: bool = True) -> Path:
+def open_run(args, script: str) -> Path:
     """The folder runs_dir/run_name, new or without a checkpoint, or resume's, with args.json. From
-    here on this process alone writes there (of several that make up a run, one writes). Ctrl-C says
+    here on this process alone writes there (of several that make up a run, the first). Ctrl-C says
     how to carry on and exits with 130; so do SIGTERM, with 143, and an error's traceback: the other
     processes of a torchrun end by either when one has died. ValueError if another run is there."""
     import fcntl
@@ -129,7 +138,7 @@ def open_run(args, script: str, writes: bool = True) -> Path:
         print(f"\nstopped; {how}", flush=True)
 
     def interrupt(signum, frame):
-        if writes or signum == signal.SIGTERM:
+        if WRITES or signum == signal.SIGTERM:
             say_how_to_carry_on()
         raise SystemExit(128 + signum)
 
@@ -141,7 +150,7 @@ def open_run(args, script: str, writes: bool = True) -> Path:
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
     sys.excepthook = crash
-    if not writes:
+    if not WRITES:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)  # given back when the process ends
@@ -159,9 +168,9 @@ def open_run(args, script: str, writes: bool = True) -> Path:
     return folder
 
 
-def tracker(args, writes: bool = True):
+def tracker(args):
     """wandb.log of a run of this name, or a function that does nothing."""
-    if not args.track or args.evaluate or not writes:
+    if not args.track or args.evaluate or not WRITES:
         return lambda row, step=None: None
     import wandb
 
@@ -171,8 +180,6 @@ def tracker(args, writes: bool = True):
 
 def checkpoint(run: str, script: str) -> dict:
     """The last checkpoint of a run of this script."""
-    import torch
-
     path = Path(run) / "checkpoint.pt"
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}; begin the run anew, its name may be used again")
@@ -351,9 +358,6 @@ class Texts:
         self.prefix, _ = special_tokens(tokenizer)  # an end token is no part of a prompt
         if self.eos_id is None:
             raise ValueError(f"{tokenizer.name_or_path} has no end-of-text token")
-        self.pad_id = tokenizer.pad_token_id
-        if self.pad_id in (None, self.eos_id):  # any other will do: masks go by length
-            self.pad_id = int(self.eos_id == 0)
 
     def ids(self, texts: list[str], name: str) -> list[list[int]]:
         """Token ids of each text, at least one, with no special token but what it spells out."""
@@ -382,7 +386,7 @@ class Texts:
         for column in zip(*pairs):
             self.ids(column, name)
         equal = sum(chosen == rejected for _, chosen, rejected in pairs)
-        if equal and os.environ.get("RANK", "0") == "0":
+        if equal and WRITES:
             print(f"{name}: {equal} of {len(pairs)} pairs have equal responses and teach nothing")
 
     def read(self, prompts: list[list[int]], responses: list[list[int]]) -> list[str]:
@@ -393,14 +397,11 @@ class Texts:
         return [w[len(b) :] for b, w in zip(before, self.tokenizer.batch_decode(whole, **options))]
 
 
-def pad(rows: list[list[int]], pad_id: int, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and their mask, int64 (rows, longest) each; the mask goes by length."""
-    width = max(map(len, rows))
-    ids, mask = np.full((len(rows), width), pad_id), np.zeros((len(rows), width), np.int64)
-    for i, row in enumerate(rows):
-        where = slice(width - len(row), width) if left else slice(len(row))
-        ids[i, where], mask[i, where] = row, 1
-    return ids, mask
+def pad(rows: list[list[int]], left: bool = False) -> tuple[Tensor, Tensor]:
+    """Token ids, 0 where there is none, and their mask: int64 (rows, longest) each."""
+    ids, side = [torch.tensor(row, dtype=torch.int64) for row in rows], "left" if left else "right"
+    both = ids, [torch.ones_like(x) for x in ids]
+    return tuple(pad_sequence(x, batch_first=True, padding_side=side) for x in both)
 
 
 def draw(count: int, size: int, step: int, seed: tuple[int, ...]) -> list[int]:

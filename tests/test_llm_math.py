@@ -351,7 +351,7 @@ def reference_ppo_step(nets, prompts, indices, uniform, rates, flags, vocabulary
         row = {"x": x, "y": y, "old": old, "advantages": advantages, "returns": returns}
         row |= {"objective/kl": sum(old) - sum(ref), "objective/scores": score}
         row |= {"objective/entropy": -sum(old), "objective/rlhf_reward": sum(rewards)}
-        batch.append(row | {"charts/response_length": n, "charts/ended_share": ended})
+        batch.append(row | {"charts/ended_share": ended})
     log = {name: np.mean([row[name] for row in batch]) for name in batch[0] if "/" in name}
     if is_ppo:
         flat = [a for row in batch for a in row["advantages"]]
@@ -362,7 +362,7 @@ def reference_ppo_step(nets, prompts, indices, uniform, rates, flags, vocabulary
     statistics = []
     for _ in range(flags["ppo_epochs"] if is_ppo else 1):
         for start in range(0, len(batch), size):
-            terms = {"policy": [], "value": [], "approx_kl": [], "clip_fraction": [], "ratio": []}
+            terms = {"policy": [], "value": [], "approx_kl": [], "clip_fraction": []}
             for row in batch[start : start + size]:
                 log_probs = policy.log_probs(row["x"], row["y"], temperature)
                 numbers = value.numbers(row["x"] + row["y"])
@@ -375,14 +375,13 @@ def reference_ppo_step(nets, prompts, indices, uniform, rates, flags, vocabulary
                     terms["value"].append(error**2 / 2 if is_ppo else torch.zeros(()))
                     terms["approx_kl"].append((log_probs[t] - row["old"][t]) ** 2 / 2)
                     terms["clip_fraction"].append(((ratio - 1).abs() > flags["clip"]).double())
-                    terms["ratio"].append(ratio)
             means = {name: sum(values) / len(values) for name, values in terms.items()}
             for name in ("policy", "value") if is_ppo else ("policy",):
                 nets[name].descend(means[name], rates[name], flags["max_grad_norm"])
             statistics.append({name: mean.item() for name, mean in means.items()})
     for name in ("policy", "value", "approx_kl", "clip_fraction"):
         log[f"losses/{name}"] = np.mean([row[name] for row in statistics])
-    return log | {"losses/ratio": statistics[0]["ratio"]}
+    return log
 
 
 def assert_same_weights(state: dict, nets: dict, *names: str) -> None:
@@ -563,18 +562,22 @@ def make_policy(script, folder: Path, kind: str, **changes):
     return script.Policy(name, arguments(script, **args))
 
 
-def padded(policy) -> tuple[torch.Tensor, torch.Tensor]:
+def padded() -> tuple[torch.Tensor, torch.Tensor]:
     """PROMPTS with RESPONSES."""
-    sides = (read.pad(PROMPTS, policy.texts.pad_id, left=True), read.pad(RESPONSES, PAD))
-    return tuple(torch.from_numpy(np.concatenate(parts, 1)) for parts in zip(*sides))
+    sides = (read.pad(PROMPTS, left=True), read.pad(RESPONSES))
+    return tuple(torch.cat(parts, 1) for parts in zip(*sides))
 
 
 def sampled(script, policy, uniform: np.ndarray, *temperature: float) -> list[list[int]]:
-    if not hasattr(script, "response_rows"):
-        return policy.sample(PROMPTS, uniform)
-    ids, mask, ended = policy.sample(PROMPTS, uniform, *temperature)
-    assert torch.equal(mask[:, -ended.shape[1] :], ended) and (ids[0, :5] == PROMPTS[0][0]).any()
-    return script.response_rows(ids, ended)
+    found = policy.sample(PROMPTS, uniform, *temperature)
+    if isinstance(found, list):  # DPO's
+        return found
+    ids, mask, alive, texts = found
+    n = alive.shape[1]
+    assert torch.equal(mask[:, -n:], alive) and torch.equal(ids[:, :-n], padded()[0][:, :-4])
+    rows = [row[:length] for row, length in zip(ids[:, -n:].tolist(), alive.sum(-1).tolist())]
+    assert texts == policy.texts.read(PROMPTS, rows)
+    return rows
 
 
 @KINDS
@@ -585,9 +588,9 @@ def test_padding_changes_no_log_prob(tmp_path, script, kind):
     changes = {"temperature": 0.7} if has_temperature else {}
     policy = make_policy(script, tmp_path, kind, **changes)
     if has_temperature:
-        found = policy.log_probs(*padded(policy), 4)
-        ended = padded(policy)[1][:, -4:]
-        torch.testing.assert_close(policy.score(*padded(policy), ended), found * ended)
+        found = policy.log_probs(*padded(), 4)
+        ended = padded()[1][:, -4:]
+        torch.testing.assert_close(policy.score(*padded(), ended), found * ended)
     else:
         rows = list(zip(PROMPTS, RESPONSES))
         found = policy.log_probs(rows)
@@ -617,7 +620,7 @@ def test_sampling_is_a_loop_without_cache_or_padding(tmp_path, script, kind):
         temperature = 0.8 if has_temperature else 1.0
         assert found == [plain.sample(x, u, temperature) for x, u in zip(PROMPTS, uniform)]
         ends += sum(y[-1] == EOS for y in found)
-        if has_temperature:
+        if script is ppo:
             greedy = [plain.sample(x, np.full(6, 0.5), 1e-6) for x in PROMPTS]
             assert sampled(script, policy, uniform, 1e-6) == greedy
     assert 0 < ends < 12
@@ -647,8 +650,7 @@ def test_scores_are_the_classifiers(tmp_path, script, kind, labels):
     assert (long[0] - long[2]).abs() > 1e-3
     if kind != "DistilBert":
         rows = [[BOS, 5, PAD, 7], [8, 9]]
-        left = tuple(map(torch.from_numpy, read.pad(rows, PAD, left=True)))
-        right = tuple(map(torch.from_numpy, read.pad(rows, PAD)))
+        left, right = read.pad(rows, left=True), read.pad(rows)
         found = scorer(*right)
         torch.testing.assert_close(scorer(*left)[1, -2:], found[1, :2], atol=1e-4, rtol=1e-4)
         values = scorer.values(*left, 2)
@@ -739,13 +741,17 @@ def test_a_text_of_no_token():
             call()
 
 
-@pytest.mark.parametrize(
-    "pad, eos, expected", [("a", "film", 3), ("a", "a", 0), (None, "<pad>", 1), (None, "a", 0)]
-)
-def test_padding_is_never_the_end_token(pad, eos, expected):
+def test_padding_goes_by_length():
+    """It may be the end token's id, 0, too."""
+    rows = [[5, 0], [7], [1, 2, 3]]
+    for left, ids in ((False, [[5, 0, 0], [7, 0, 0]]), (True, [[0, 5, 0], [0, 0, 7]])):
+        found, mask = read.pad(rows, left)
+        assert found.tolist() == [*ids, [1, 2, 3]] and found.dtype == mask.dtype == torch.int64
+        assert mask.sum(-1).tolist() == [2, 1, 3] and mask[0].tolist() == [not left, 1, left]
+
+
+def test_a_policy_needs_an_end_token():
     tokenizer = word_tokenizer(VOCABULARY)
-    tokenizer.pad_token, tokenizer.eos_token = pad, eos
-    assert texts_of(tokenizer).pad_id == expected
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="end-of-text"):
         texts_of(tokenizer)

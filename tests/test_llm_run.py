@@ -502,7 +502,7 @@ def test_shared_flags_have_the_same_defaults():
     ppo, dpo, rlhf = (arguments(script).__dict__ for script in SCRIPTS.values())
     own = {"preference_weight", "batch_size", "eval_every", "checkpoint_every"}
     tuned = {name for name in ppo.keys() & rlhf.keys() if ppo[name] != rlhf[name]}
-    assert tuned == {"run_name", "kl_coefficient"}
+    assert tuned == {"kl_coefficient"}
     assert {name for name in ppo.keys() & dpo.keys() if ppo[name] != dpo[name]} == own
 
 
@@ -659,19 +659,21 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_dies_ends_the_run(tmp_path, world, rank):
-    """The other says how to carry on, and ends: the run may be carried on at once."""
+    """The other says how to carry on, and ends: the run may be carried on at once. Without a name
+    all processes agree on one."""
     (tmp_path / "dies.py").write_text(DIES)
     script = SCRIPTS["dpo"]
     flags = [*script.one_step.split(), script.steps, 50, "--checkpoint-every", 1, "--threads", 1]
-    argv = command(script, world, *flags, "--runs-dir", tmp_path, "--run-name", "run")
+    argv = command(script, world, *flags, "--runs-dir", tmp_path / "runs", "--run-name=")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "dies.py"]
     launch += [rank, ROOT / f"{script.module.__name__}.py"]
     code, out, err = run_process([*launch, *argv], tmp_path, OMP_NUM_THREADS="1")
     assert code == 1 and "Signal 9 (SIGKILL) received by PID" in err
-    assert out.count(f"carry on with: python aihf_dpo_llm.py --resume {tmp_path}/run") == 1
-    with open(tmp_path / "run" / "lock") as lock:
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert out.count(f"carry on with: python aihf_dpo_llm.py --resume {folder}") == 1
+    with open(folder / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    assert load(tmp_path / "run")["log"][-1]["charts/step"] == 2
+    assert load(folder)["log"][-1]["charts/step"] == 2
 
 
 # ------------------------------------------------------------- what training may and may not see

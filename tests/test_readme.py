@@ -31,10 +31,10 @@ README = ROOT / "README.md"
 PAGES = [README, ROOT / "benchmark/README.md", ROOT / "data_gen/README.md"]
 NOTES = sorted((ROOT / "benchmark/tuning").glob("*.md"))
 BUDGETS = {  # lines, at most
-    "aihf_sac_mujoco.py": 527,
-    "aihf_ppo_llm.py": 722,
-    "aihf_dpo_llm.py": 480,
-    "rlhf_baseline.py": 1281,
+    "aihf_sac_mujoco.py": 526,
+    "aihf_ppo_llm.py": 692,
+    "aihf_dpo_llm.py": 471,
+    "rlhf_baseline.py": 1243,
     "data_gen/read.py": 416,
     "benchmark/plot.py": 90,
 }
@@ -191,10 +191,13 @@ def test_results_are_those_of_the_committed_runs():
     with open(ROOT / "benchmark/results/main_job.csv", newline="") as file:
         for row in csv.DictReader(file):
             aihf.setdefault(row["env"], {})[row["seed"]] = float(row["return_mean"])
-    with open(ROOT / "benchmark/results/figure3_runs.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            if row["variant"] == "default" and row["method"] != "aihf":
-                finals.setdefault((row["env"], row["method"]), []).append(float(row["final"]))
+    for name in ("figure3_runs_earlier.csv", "figure3_runs.csv"):
+        found: dict[tuple, list[float]] = {}
+        with open(ROOT / "benchmark/results" / name, newline="") as file:
+            for row in csv.DictReader(file):
+                if row["variant"] == "default" and row["method"] != "aihf":
+                    found.setdefault((row["env"], row["method"]), []).append(float(row["final"]))
+        finals |= found  # of today's defaults, where there are any
     finals |= {(env, "aihf"): list(seeds.values()) for env, seeds in aihf.items()}
     last = {}
     with open(ROOT / "benchmark/results/llm.csv", newline="") as file:
