@@ -93,8 +93,7 @@ def fingerprint(*parts) -> str:
     """SHA-256 of arrays, tensors, tuples of these, and texts and lists of texts."""
     digest = hashlib.sha256()
     for part in parts:
-        arrays = part if isinstance(part, tuple) else (part,)
-        for x in arrays:
+        for x in part if isinstance(part, tuple) else (part,):
             is_text = isinstance(x, str | list | int)
             digest.update(repr(x).encode() if is_text else np.asarray(x).tobytes())
     return digest.hexdigest()
