@@ -446,15 +446,13 @@ def compile_update(update, sac: dict, obs_dim: int, act_dim: int, n: int):
 
 # --------------------------------------------------------------------------- play and evaluate
 def make_env(env_id: str) -> gym.Env:
-    """A MuJoCo robot, actions scaled to [-1, 1]; ValueError on one that does not fit."""
+    """A robot, actions scaled to [-1, 1]; ValueError on an environment that does not fit."""
     gym.logger.min_level = gym.logger.ERROR  # v4 is called out of date at every make
     env = gym.make(env_id, disable_env_checker=True)
     spaces = env.observation_space, env.action_space
     vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
-    robot = isinstance(env.unwrapped, gym.envs.mujoco.MujocoEnv) and env.spec.max_episode_steps
-    if not (robot and vectors and env.action_space.is_bounded()):
-        needs = "a MuJoCo robot with a time limit, vectors and bounded actions, such as Hopper-v4"
-        raise ValueError(f"{env_id} is not {needs}: {spaces}")
+    if not (vectors and env.action_space.is_bounded() and env.spec.max_episode_steps):
+        raise ValueError(f"{env_id} needs vectors, bounded actions and a time limit: {spaces}")
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 

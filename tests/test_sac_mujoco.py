@@ -952,10 +952,10 @@ register("Endless")
 
 BAD = [  # flags, and what the message has to say
     *(
-        (f"--env {name}-v0 --env-id {name}-v0", f"{name}-v0 is not a MuJoCo robot")
+        (f"--env {name}-v0 --env-id {name}-v0", f"{name}-v0 needs vectors")
         for name in ("Half", "Dict", "Pixels", "Discrete", "Endless")
     ),
-    ("--env Pendulum-v1", "is not a MuJoCo robot"),
+    ("--env Pendulum-v1 --data-dir nowhere", "no data at nowhere/high.npz"),
     ("--env NoSuchRobot-v4", "NoSuchRobot"),
     ("--env InvertedPendulum-v4", "another robot"),
     ("--data-dir nowhere", "data_gen/mujoco_data.py"),
