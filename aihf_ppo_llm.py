@@ -12,7 +12,7 @@ nothing else; leaves policy and reward in runs/<run_name>/. --preset imdb and hh
 settings; `torchrun --nproc-per-node 2 aihf_ppo_llm.py` shards the models over processes (FSDP2).
 
 Three departures from the paper matter (README.md has more):
-- g1 (Lemma 5.1) is linear in R and unbounded. Minus λ (R(τ)² + R(τ')²) is added, so that the
+- g1 (Lemma 5.1) is linear in R and unbounded. λ (R(τ)² + R(τ')²) is subtracted from it, so that the
   best R for g1 alone is (p_E - p_π) / (2λ (p_E + p_π)): Lemma 5.1's direction, within ±1/(2λ).
 - Preferences weigh 3, demonstrations α = 1. The reward learns fast and the policy slowly, lest
   it exploit a reward that has not yet seen what it writes.
@@ -68,12 +68,12 @@ class Args:
     max_prompt_length: int = 64  # tokens; of a longer prompt the policy reads the last ones
     response_length: int = 24  # tokens at most; longer demonstrations are cut, preferences not
     temperature: float = 1.0  # of sampling; logits are divided by it in every log-probability
-    micro_batch_size: int = 64  # rows a pass (reward's: of each side): memory, not results
+    micro_batch_size: int = 64  # rows in a pass (of each side, for R): memory, not results
     anneal: bool = True  # let the learning rates fall linearly to 0 over the run (paper: no)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
 
     # Upper level: the reward
-    demo_weight: float = 1.0  # α of Algorithm 1, (8a)'s over β (not given); 0: as in RLHF
+    demo_weight: float = 1.0  # α of Algorithm 1: that of (8a) / β (not given); 0: as in RLHF
     preference_weight: float = 3.0  # of (11); 0: inverse reinforcement learning (paper: 1)
     demo_loss: Literal["linear", "logistic"] = "linear"  # g1: Lemma 5.1, or log σ (authors' code)
     response_memory: int = 10  # latest policies whose responses g1 sees (Lemma 5.1: 1)

@@ -13,7 +13,7 @@ Three departures from the paper matter (README.md has more):
   episode (to fall earns less), and its slopes above 1 are penalised, as in Wasserstein GANs.
 - g1's rollouts are those of the ten latest policies, each policy alike. With the newest alone the
   reward forgets the ones before, and policies go in circles. Learning rates fall to 0.
-- R(τ) in g1 is r's mean over the episode, over 1 - γ: a discounted sum forgets the later steps.
+- R(τ) in g1 is r's mean in an episode / (1 - γ): a discounted sum forgets the later steps.
 """
 
 import copy
@@ -39,13 +39,13 @@ from data_gen import read
 
 @dataclass
 class Args:
-    env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "Hopper-v4"  # a MuJoCo robot
+    env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "Hopper-v4"  # a robot of gymnasium's
     seed: int = 1  # of networks, exploration, batches, rollouts; evaluation has seeds of its own
     total_timesteps: int | None = None  # SAC steps; None: 100,000 for each dimension of actions
     data_dir: str = ""  # high.npz, medium.npz, low.npz, pairs.csv; "": data_gen/assets/mujoco/<env>
 
     # Upper level: the reward
-    demo_weight: float = 1.0  # α of Algorithm 1, (8a)'s over β; 0: RLHF's reward learning
+    demo_weight: float = 1.0  # α of Algorithm 1: that of (8a) / β; 0: RLHF's reward learning
     preference_weight: float = 10.0  # of (11); 0: inverse reinforcement learning (paper: 1)
     preference_temperature: float = 5.0  # divides the difference of returns in (11) (paper: 1)
     reward_updates_per_iteration: int = 100  # Adam steps (the authors' code: 1, in longer runs)
@@ -61,7 +61,7 @@ class Args:
 
     # Lower level: the policy
     policy_steps_per_iteration: int = 5_000  # SAC steps in each policy alignment
-    demos_in_replay: bool | None = None  # SAC's too (paper: no); None: where the robot can fall
+    demos_in_replay: bool | None = None  # SAC learns from them (paper: no); None: if it can fall
     learning_starts: int = 5_000  # steps of uniformly random actions before the first update
     learning_rate: float = 1e-3  # Adam's (paper: 3e-3; the authors' code: 1e-3)
     anneal: bool = True  # let both learning rates fall linearly to 0 (paper: no)
@@ -452,7 +452,7 @@ def make_env(env_id: str) -> gym.Env:
     spaces = env.observation_space, env.action_space
     vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
     if not (vectors and env.action_space.is_bounded() and env.spec.max_episode_steps):
-        raise ValueError(f"{env_id} needs vectors, bounded actions and a time limit: {spaces}")
+        raise ValueError(f"{env_id} needs a time limit, vectors, bounded actions: {spaces}")
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 

@@ -17,7 +17,7 @@ the numbers marked "paper:" below:
 - New critics would undo the cloning in a few hundred updates. A robot's policy is frozen while they
   warm up; the critic of a language model starts as a copy of the reward model.
 - A KL penalty holds the policy near stage 1's, as in (4), on robots too. The paper's robots have
-  SAC's bonus: --kl-coefficient 0 --learning-rate 1e-3, which loses what was cloned.
+  SAC's entropy bonus: --kl-coefficient 0 --learning-rate 1e-3, which loses what was cloned.
 """
 
 import copy
@@ -56,7 +56,7 @@ ASSETS = "data_gen/assets/imdb"
 class MujocoArgs:
     """MuJoCo robots: behaviour cloning, reward model, SAC"""
 
-    env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "Hopper-v4"  # a MuJoCo robot
+    env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "Hopper-v4"  # a robot of gymnasium's
     seed: int = 1  # of networks, held-out data, batches, exploration; evaluation has its own
     total_timesteps: int | None = None  # SAC steps; None: 100,000 for each dimension of actions
     data_dir: str = ""  # high.npz, medium.npz, low.npz, pairs.csv; "": data_gen/assets/mujoco/<env>
@@ -76,7 +76,7 @@ class MujocoArgs:
     gradient_penalty: float = 1000.0  # weight of the penalty on slopes of r above 1 (paper: none)
 
     # 3. RL
-    demos_in_replay: bool | None = None  # SAC's too (paper: no); None: where the robot can fall
+    demos_in_replay: bool | None = None  # SAC learns from them (paper: no); None: if it can fall
     critic_warmup_steps: int = 10_000  # SAC steps in which the clone acts and does not learn
     kl_coefficient: float = 10.0  # β of (4): less loses the clone; 0: SAC's entropy bonus, β tuned
     policy_steps_per_iteration: int = 5_000  # SAC steps between two rows of metrics.csv
@@ -549,7 +549,7 @@ def make_env(env_id: str) -> gym.Env:
     spaces = env.observation_space, env.action_space
     vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
     if not (vectors and env.action_space.is_bounded() and env.spec.max_episode_steps):
-        raise ValueError(f"{env_id} needs vectors, bounded actions and a time limit: {spaces}")
+        raise ValueError(f"{env_id} needs a time limit, vectors, bounded actions: {spaces}")
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
@@ -606,7 +606,7 @@ class LlmArgs:
     response_length: int = 24  # tokens at most; longer demonstrations are cut, preferences not
     temperature: float = 1.0  # of sampling; logits are divided by it in every log-probability
     append_eos: bool = False  # end demonstrations with the end token; they may also spell it out
-    micro_batch_size: int = 64  # rows a pass (reward's: of each side): memory, not results
+    micro_batch_size: int = 64  # rows in a pass (of each side, for R): memory, not results
     anneal: bool = True  # let the learning rate of each stage fall linearly to 0 (paper: no)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
 

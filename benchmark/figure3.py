@@ -194,7 +194,7 @@ if __name__ == "__main__":
     finals = merge(RUNS, new_finals, ("env", "method", "variant", "seed"), by_steps)
     print(table(finals))
     for other in ("rlhf", "rlhf-no-kl", "bc"):
-        if all(len(finals_of(finals, env, other)) for env in ENVS):
+        if all(len(finals_of(finals, env, method)) for env in ENVS for method in ("aihf", other)):
             print(improvement(finals, "aihf", other))
     figures, sources = (
         ROOT / "benchmark/figures",

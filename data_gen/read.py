@@ -19,11 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-
-WRITES = os.environ.get("RANK", "0") == "0"  # the first process alone, of those of a torchrun
 
 
 # ------------------------------------------------------------------------------------- errors
@@ -67,10 +66,15 @@ def check_finite(step: int, run_dir: Path, **tensors) -> None:
 
 
 # -------------------------------------------------------------------------------- run folders
+def writes() -> bool:
+    """Of the processes that train a model together the first alone writes and prints."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def write_whole(path: Path, write) -> None:
     """write(path) to a neighbour of a unique name, a file or folder, flushed to disk and renamed:
     a reader sees the old one or the new. SystemExit with one line if the disk is full, say."""
-    if not WRITES:
+    if not writes():
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -109,7 +113,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 def write_samples(path: Path | None, title: str, columns: dict[str, list]) -> None:
     """Prints a title and the first three of a table's rows of prompt, response and last column, a
     score; all rows go to a file .jsonl, if there is a path."""
-    if not WRITES:
+    if not writes():
         return
     tqdm.write(title)
     samples = [dict(zip(columns, values)) for values in zip(*columns.values())]
@@ -137,7 +141,7 @@ def open_run(args, script: str) -> Path:
         print(f"\nstopped; {how}", flush=True)
 
     def interrupt(signum, frame):
-        if WRITES or signum == signal.SIGTERM:
+        if writes() or signum == signal.SIGTERM:
             say_how_to_carry_on()
         raise SystemExit(128 + signum)
 
@@ -149,7 +153,7 @@ def open_run(args, script: str) -> Path:
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
     sys.excepthook = crash
-    if not WRITES:
+    if not writes():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)  # given back when the process ends
@@ -169,7 +173,7 @@ def open_run(args, script: str) -> Path:
 
 def tracker(args):
     """wandb.log of a run of this name, or a function that does nothing."""
-    if not args.track or args.evaluate or not WRITES:
+    if not args.track or args.evaluate or not writes():
         return lambda row, step=None: None
     import wandb
 
@@ -295,11 +299,6 @@ def _segment(row: dict, side: str, tiers: dict[str, Episodes], least: int) -> tu
 
 
 # -------------------------------------------------------------------------------------- texts
-def is_local(name: str) -> bool:
-    """A path rather than a hub id, which is `name` or `owner/name`."""
-    return Path(name).exists() or name[:1] in "./~" or name.count("/") > 1 or ".json" in name
-
-
 def rows(name: str, columns: tuple[str, ...], count: int = 0, split: str = "train"):
     """The text under these columns, as tuples, of the first `count` rows (0: of all), from a file
     .jsonl(.gz), from {split}.jsonl(.gz) in a folder, or from a data set of the hub."""
@@ -308,11 +307,12 @@ def rows(name: str, columns: tuple[str, ...], count: int = 0, split: str = "trai
 
 def dicts(name: str, columns: tuple[str, ...], count: int = 0, split: str = "train"):
     """The same with whatever else the rows hold."""
-    path = Path(name)
+    path = Path(name)  # rather than a hub id, which is `name` or `owner/name`
+    is_local = path.exists() or name[:1] in "./~" or name.count("/") > 1 or ".json" in name
     if path.is_dir():
         path = path / f"{split}.jsonl"
         path = path if path.is_file() else path.with_suffix(".jsonl.gz")
-    if is_local(name) and not path.is_file():
+    if is_local and not path.is_file():
         raise ValueError(f"there is no {path}")
     try:
         if path.is_file():
@@ -385,7 +385,7 @@ class Texts:
         for column in zip(*pairs):
             self.ids(column, name)
         equal = sum(chosen == rejected for _, chosen, rejected in pairs)
-        if equal and WRITES:
+        if equal and writes():
             print(f"{name}: {equal} of {len(pairs)} pairs have equal responses and teach nothing")
 
     def read(self, prompts: list[list[int]], responses: list[list[int]]) -> list[str]:

@@ -25,16 +25,18 @@ FLIP = {ast.Lt: ast.Gt, ast.Gt: ast.Lt, ast.LtE: ast.GtE, ast.GtE: ast.LtE}
 
 
 def changes(node):
-    """Nodes to stand in the place of this one, or of the condition of an if or a while."""
+    """Pairs: this node, or the condition of an if or a while, and what is to stand in its place."""
 
     def with_field(name: str, value) -> ast.AST:
         new = copy.copy(node)
         setattr(new, name, value)
         return new
 
-    for field, op in (("op", getattr(node, "op", None)), ("ops", getattr(node, "ops", [None])[0])):
+    if new := SWAP.get(type(getattr(node, "op", None))):
+        yield node, with_field("op", new())
+    for i, op in enumerate(getattr(node, "ops", [])):
         for new in filter(None, (SWAP.get(type(op)), FLIP.get(type(op)))):
-            yield node, with_field(field, [new()] if field == "ops" else new())
+            yield node, with_field("ops", [*node.ops[:i], new(), *node.ops[i + 1 :]])
     if isinstance(node, ast.Constant) and type(node.value) in (int, float, bool):
         value = not node.value if type(node.value) is bool else node.value + 1
         for new in {value, 2 * node.value or 1} if type(value) is not bool else {value}:
@@ -49,14 +51,14 @@ def changes(node):
         for i in range(len(values) - 1 if isinstance(values, list) and not symmetric else 0):
             swapped = [*values[:i], values[i + 1], values[i], *values[i + 2 :]]
             yield node, with_field(field, swapped)
-    if isinstance(node, (ast.Assign, ast.AugAssign)) or is_call(node):
+    if isinstance(node, (ast.Assign, ast.AugAssign)) or is_statement(node):
         yield node, ast.Pass()
     if isinstance(node, (ast.If, ast.While)):
         for new in (False, True)[: 1 + isinstance(node, ast.If)]:
             yield node.test, ast.Constant(new)
 
 
-def is_call(node) -> bool:
+def is_statement(node) -> bool:
     return isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)
 
 

@@ -107,7 +107,7 @@ def test_processes_can_share_the_batches(words, monkeypatch):
     script = next(n for n, word in enumerate(words) if word.endswith(".py"))
     module = importlib.import_module(words[script].removesuffix(".py"))
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    monkeypatch.setattr(sys, "argv", [*words[script:], "--threads", "1"])
+    monkeypatch.setattr(sys, "argv", [*words[script:], "--threads", "1", "--no-cuda"])
     monkeypatch.setattr(module.dist, "init_process_group", lambda backend: None)
     assert module.start_processes(module.parse_args()[0])[2] == processes
 

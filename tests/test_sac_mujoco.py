@@ -952,7 +952,7 @@ register("Endless")
 
 BAD = [  # flags, and what the message has to say
     *(
-        (f"--env {name}-v0 --env-id {name}-v0", f"{name}-v0 needs vectors")
+        (f"--env {name}-v0 --env-id {name}-v0", f"{name}-v0 needs a time limit")
         for name in ("Half", "Dict", "Pixels", "Discrete", "Endless")
     ),
     ("--env Pendulum-v1 --data-dir nowhere", "no data at nowhere/high.npz"),
