@@ -162,6 +162,14 @@ def leaves(value, name: str = "") -> dict[str, object]:
     return {key: leaf for part in named for key, leaf in part.items()}
 
 
+def evaluates_the_mean(script: ModuleType, argv: list, cwd: Path, state: dict) -> bool:
+    """Whether the policy that a finished run evaluates last is that of averaged weights."""
+    with mock.patch.object(script, "evaluate", wraps=script.evaluate) as evaluate:
+        assert run_script(script, argv, cwd)[0] == 0
+    played, mean = evaluate.call_args.args[1].state_dict(), state["averaged"]
+    return all((mean[f"module.{name}"] == p).all() for name, p in played.items())
+
+
 def compare_checkpoints(a: Path | dict, b: Path | dict, without: tuple = ("args",)) -> list[str]:
     """Names of what differs by a bit (nan equals nan), but for the clock's metrics and for names
     that begin with one of `without`."""

@@ -8,8 +8,10 @@ python -m pytest tests/test_llm_math.py
 """
 
 import contextlib
+import itertools
 import json
 import math
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -159,9 +161,13 @@ def run(script, cwd: Path, world: Path, flags: dict, *more: str) -> Path:
     given |= {f"--{name.replace('_', '-')}": value for name, value in flags.items()}
     command = ["llm"] if hasattr(script, "LlmArgs") else []
     argv = [*command, *(f"{name}={value}" for name, value in given.items()), "--no-cuda", *more]
-    code, out, err = run_script(script, argv, cwd)
+    ticks = types.SimpleNamespace(perf_counter=itertools.count().__next__, time_ns=lambda: 0)
+    with mock.patch.object(script, "time", ticks):
+        code, out, err = run_script(script, argv, cwd)
     assert code == 0, (out, err)
     (cwd / "out").write_text(out)
+    seconds = [row["charts/wall_seconds"] for row in load(cwd / "runs" / "run")["log"]]
+    assert seconds == [seconds[0] + i for i in range(len(seconds))]  # a tick a row, in all
     return cwd / "runs" / "run"
 
 
@@ -626,6 +632,29 @@ def test_sampling_is_a_loop_without_cache_or_padding(tmp_path, script, kind):
     assert 0 < ends < 12
 
 
+@having("Scorer")
+def test_sampling_goes_on_until_all_processes_have_ended(tmp_path, script):
+    policy, uniforms = make_policy(script, tmp_path, "GPT2"), np.random.default_rng(0).random
+    uniform = next(
+        u for u in (uniforms((1, 6)) for _ in range(99))
+        if policy.sample(PROMPTS[:1], u)[2].shape[1] < 6
+    )  # fmt: skip
+    alone = policy.sample(PROMPTS[:1], uniform)
+    with mock.patch.object(script, "total", lambda x: x + 1):  # another one's row has not ended
+        *_, alive, texts = policy.sample(PROMPTS[:1], uniform)
+    assert alive.shape[1] == 6 and alive.sum() == alone[2].sum() and texts == alone[3]
+
+
+def test_scores_of_any_number_of_rows_are_shared(tmp_path, monkeypatch):
+    """By three processes, the first row again in the place of those that are missing."""
+    policy, rows, shared = make_policy(dpo, tmp_path, "GPT2"), list(zip(PROMPTS, RESPONSES)), []
+    rows, expected = [*rows, rows[0]], policy.score([*rows, rows[0]])
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(dpo, "share", lambda rows: shared.append(rows) or rows)
+    torch.testing.assert_close(policy.score(rows), expected)
+    assert shared == [[*rows, *rows[:1] * 2]]
+
+
 SCORERS = having("Scorer")
 TEXTS = ["film plot", "great", "actor a awful film"]
 
@@ -643,6 +672,11 @@ def test_scores_are_the_classifiers(tmp_path, script, kind, labels):
         logits = scorer.model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0]
         expected = logits[-1] - (logits[0] if labels == 2 else 0) - 0.25
         torch.testing.assert_close(score, expected, atol=1e-4, rtol=1e-4)
+    rounded = script.Scorer(name, arguments(script, dtype="bfloat16"), True)  # a judge is exact
+    rounded.offset += 0.25
+    torch.testing.assert_close(rounded.score(TEXTS), scorer.score(TEXTS), atol=1e-5, rtol=1e-5)
+    learned = script.Scorer(name, arguments(script, dtype="bfloat16")).score(TEXTS)
+    assert learned.dtype == torch.float32
     long = scorer.score(
         ["film " * 20 + "plot", "awful " * 20 + "film " * 9 + "plot", "plot film plot"]
     )
@@ -673,6 +707,28 @@ def test_roberta_reads_as_much_as_it_can(tmp_path, script):
         score = model(cut).logits[0, 0]
     expected = model(torch.tensor([raw(" ".join(words))["input_ids"][-12:]])).logits[0, 0]
     torch.testing.assert_close(score, expected)
+
+
+@SCORERS
+def test_a_tokenizer_may_read_less_than_its_model(tmp_path, script):
+    tokenizer = word_tokenizer(VOCABULARY)
+    tokenizer.model_max_length = 5
+    name = save(tmp_path, "GPT2", tokenizer, 0, "SequenceClassification", num_labels=1)
+    scorer = script.Scorer(name, arguments(script), True)
+    assert scorer.limit == 4  # beside the begin token
+    long, short = scorer.score(["great " * 9 + "a film plot awful", "a film plot awful"])
+    torch.testing.assert_close(long, short)
+
+
+@SCORERS
+def test_an_encoder_is_no_critic(tmp_path, world, script):
+    """It reads whole texts at once; the critic is then a model like the policy."""
+    tokenizer = word_tokenizer(VOCABULARY)
+    kinds = {"num_labels": 1}
+    name = save(tmp_path / "bert", "DistilBert", tokenizer, 0, "SequenceClassification", **kinds)
+    flags = PPO_FLAGS if script is ppo else RLHF_FLAGS | {"sft_epochs": 0.1, "reward_epochs": 0.1}
+    state = load(run(script, tmp_path, world, flags | {"ppo_steps": 1, "reward_model_path": name}))
+    assert any("transformer.h." in key for key in state["value"])
 
 
 # ---------------------------------------------------------------------------------------- texts
@@ -784,7 +840,7 @@ PPO_FLAGS = settings("""
     reward_updates_per_iteration 2  reward_batch_size 5  reward_learning_rate 0.02
     policy_optimizer ppo  policy_steps_per_iteration 2  ppo_steps 5  batch_size 6
     minibatch_size 3  ppo_epochs 2  learning_rate 0.02  value_learning_rate 0.03  gamma 0.9
-    gae_lambda 0.8  clip 0.1  kl_coefficient 0.3  missing_eos_penalty 0.4  eval_prompts 4
+    gae_lambda 0.8  clip 0.1  kl_coefficient 0.25  missing_eos_penalty 0.4  eval_prompts 4
     eval_every 2  checkpoint_every 2
 """)
 
@@ -869,8 +925,13 @@ def reference_aihf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list, 
 
 AIHF_RUNS = {
     "ppo": {},
-    "remax": {"policy_optimizer": "remax", "ppo_steps": 3},
-    "another reward": {"demo_loss": "logistic", "reward_model_path": "reward", "ppo_steps": 3},
+    "remax": {"policy_optimizer": "remax", "ppo_steps": 3}
+    | {"policy_steps_per_iteration": 1, "reward_updates_per_iteration": 3},
+    "another reward": {"demo_loss": "logistic", "reward_model_path": "reward", "ppo_steps": 3}
+    | {
+        "ppo_epochs": 1,
+        "max_grad_norm": 50,
+    },  # no two flags alike in all runs; one without clipping
     "no demonstrations": {"demo_weight": 0, "ppo_steps": 1},
     "no preferences": {"preference_weight": 0, "ppo_steps": 1},
 }
@@ -954,7 +1015,8 @@ def reference_dpo(world: Path, flags: dict, anneal: bool) -> tuple[dict, list]:
 
 DPO_RUNS = {
     "dpo": {},
-    "sequence": {"sft_normalisation": "sequence", "append_eos": True, "dpo_steps": 2},
+    "sequence": {"sft_normalisation": "sequence", "append_eos": True, "dpo_steps": 2}
+    | {"max_grad_norm": 50},
     "no demonstrations": {"demo_weight": 0, "dpo_steps": 2},
     "no preferences": {"preference_weight": 0, "dpo_steps": 2},
 }
@@ -1074,7 +1136,8 @@ def reference_rlhf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list]:
 @pytest.mark.parametrize("anneal", [True, False])
 def test_rlhf_is_its_three_stages(tmp_path, world, anneal):
     """Every number of a run."""
-    flags = RLHF_FLAGS | ({} if anneal else {"append_eos": True, "ppo_steps": 1})
+    others = {"append_eos": True, "ppo_steps": 1, "sft_epochs": 2.3, "max_grad_norm": 50}
+    flags = RLHF_FLAGS | ({} if anneal else others)
     switches = ["--anneal"] if anneal else ["--no-anneal", "--append-eos"]
     with in_double():
         given = {name: value for name, value in flags.items() if name != "append_eos"}

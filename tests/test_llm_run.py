@@ -282,7 +282,7 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {name: raw for name, raw in files(folder).items() if name.endswith(".safetensors")}
 
 
-def test_what_a_run_leaves(script, plain):
+def test_what_a_run_leaves(script, world, plain):
     """Evaluations where they were asked for, whose means are those of samples.jsonl."""
     table = [row for row in metrics(plain) if row.get("charts/stage", "3") == "3"]
     steps = len(table) - 1
@@ -292,12 +292,21 @@ def test_what_a_run_leaves(script, plain):
     assert table[0]["eval/kl"] == "0" and table[0]["eval/win_rate"] == "0.5"
     samples = read_rows(plain / "samples.jsonl")
     assert len(samples) == 6
+    tokenizer = transformers.AutoTokenizer.from_pretrained(world / "roberta")
+    tokenizer.model_max_length, tokenizer.truncation_side = 64, "left"
+    judge = transformers.AutoModelForSequenceClassification.from_pretrained(world / "roberta")
     for name in ("gt_score", "kl", "kl_base", "response_length"):
         mean = sum(sample[name] for sample in samples) / 6
         assert mean == pytest.approx(float(table[-1][f"eval/{name}"]), rel=1e-4, abs=1e-5)
     saved, state = json.loads((plain / "args.json").read_text()), load(plain)
     assert saved.pop("script") == state["script"] and saved == state["args"]
     assert {path.name for path in plain.iterdir() if path.is_dir()} == script.exports
+    assert (plain / "samples_sft.jsonl").exists() == (script.module is rlhf_baseline)
+    for sample in samples:  # the judge's own number
+        text = sample["prompt"] + sample["response"]
+        ids = tokenizer(text, truncation=True, return_tensors="pt")["input_ids"]
+        truth = judge(ids).logits[0, 0].item()
+        assert sample["gt_score"] == pytest.approx(truth, rel=1e-3, abs=1e-4)
 
 
 # --------------------------------------------------------------------------- kill, stop, carry on
@@ -371,7 +380,7 @@ def test_a_finished_run(tmp_path, script, world, finished, plain):
     code, out, err = resume(script, finished)
     after = files(finished)
     assert code == 0 and after.pop("args.json") != before.pop("args.json") and after == before, err
-    assert "final: " in out
+    assert f"final: ground truth {float(last['eval/gt_score']):.2f}, KL" in out
     code, out, err = run_script(script.module, [*script.command, "--evaluate", finished], tmp_path)
     assert code == 0 and {name: files(finished)[name] for name in before} == before, err
     assert f"{float(last['eval/gt_score']):.2f}" in out
@@ -404,6 +413,7 @@ def test_other_data_and_other_weights_are_refused(tmp_path, script, world):
         write_rows(path, [*rows[:-1], rows[-1] | {key: rows[-1][key][:-2] + "x."}])
         assert_one_line_error(resume(script, folder), "other data")
         path.write_text(text)
+    assert_one_line_error(resume(script, folder, "--eval-prompts", 8), "other data")
     code, out, err = resume(script, folder)
     assert code == 0, (out, err)
     path = tmp_path / "world" / "gpt2" / "model.safetensors"
@@ -485,16 +495,28 @@ def test_presets_are_the_papers_and_flags_beside_them_win(script):
     hh = arguments(script, "--preset", "hh", "--response-length", 99, "--ground-truth-path", "x")
     assert hh.model_name_or_path == "EleutherAI/pythia-160m" and hh.learning_rate == 1e-6
     assert (hh.response_length, hh.ground_truth_path, hh.max_prompt_length) == (99, "x", 512)
+    imdb = arguments(script, "--preset", "imdb")
+    for preset in (imdb, hh):
+        assert (preset.num_demonstrations, preset.num_preferences) == (0, 0)
     if script.module is aihf_dpo_llm:
-        assert (imdb.learning_rate, hh.batch_size, hh.append_eos) == (1e-6, 64, True)
+        assert (imdb.learning_rate, imdb.batch_size) == (1e-6, 64)
+        assert (hh.batch_size, hh.append_eos) == (64, True)
         return
+    assert (imdb.batch_size, imdb.minibatch_size, imdb.ppo_epochs, imdb.ppo_steps) == (
+        256,
+        64,
+        4,
+        1000,
+    )
+    assert imdb.kl_coefficient == hh.kl_coefficient == 0.05 and hh.ppo_steps == 24_000
+    assert getattr(hh, "append_eos", True) and getattr(hh, "preference_weight", 1) == 1
     assert (imdb.learning_rate, imdb.reward_learning_rate) == (1.41e-5, 1e-5)
     assert (hh.reward_model_path, hh.reward_batch_size) == ("EleutherAI/pythia-1.4b", 8)
     assert (hh.batch_size, hh.reward_learning_rate, hh.missing_eos_penalty) == (4, 1e-5, 1)
     if script.module is aihf_ppo_llm:
         assert (imdb.policy_steps_per_iteration, imdb.reward_updates_per_iteration) == (20, 12)
         assert (hh.policy_steps_per_iteration, hh.reward_updates_per_iteration) == (6000, 20)
-        assert imdb.demo_weight == hh.demo_weight == 1
+        assert imdb.demo_weight == hh.demo_weight == imdb.preference_weight == 1
 
 
 def test_shared_flags_have_the_same_defaults():
@@ -530,6 +552,31 @@ def test_a_run_without_a_name_gets_its_own(tmp_path, script, world):
             execute(script, tmp_path, world, "--run-name=", "--seed", 7)
         names.append(open_run.call_args.args[0].run_name)
     assert names[0] != names[1] and all("llm" in name and "__7__" in name for name in names)
+
+
+def test_what_processes_cannot_share_is_refused(script, monkeypatch):
+    sizes = of(script, ppo="reward minibatch", dpo="", rlhf="sft reward minibatch").split()
+    names = [f"{x}_batch_size".replace("minibatch_batch", "minibatch") for x in sizes]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
+    args = replace(arguments(script), threads=1, cuda=False)
+    assert script.module.start_processes(args)[2] == 4
+    for name in (*names, *(["batch_size"] if not names else []), "eval_prompts"):
+        with pytest.raises(ValueError, match="multiples of 4 processes"):
+            script.module.start_processes(replace(args, **{name: 6}))
+
+
+@pytest.mark.parametrize("name, alone, of_two", [("ppo", 2 + 8, 2 + 16), ("rlhf", 6 + 8, 6 + 16)])
+def test_batches_are_of_all_processes(tmp_path, world, monkeypatch, name, alone, of_two):
+    """Steps of Adam of one that believes to have a twin and to hold half of every batch: as many on
+    the reward, and, for the responses here are twice its share, twice as many on policy and V."""
+    for processes, expected in ((1, alone), (2, of_two)):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
+        (tmp_path / str(processes)).mkdir()
+        with watched() as events:
+            run(SCRIPTS[name], tmp_path / str(processes), world, "--ppo-steps", 1)
+        assert events.count("adam") == expected
 
 
 # ------------------------------------------------------------------------- processes of their own
@@ -716,8 +763,26 @@ def test_other_models(tmp_path, script, world):
     flags += ["--model-name-or-path", world / "llama", script.steps, 1, "--ground-truth-path="]
     for name in ("demonstrations", "preferences", "prompts"):
         flags += [f"--{name}", tmp_path / f"{name}.jsonl"]
-    row = metrics(run(script, tmp_path, world, *flags))[-1]
+    folder = run(script, tmp_path, world, *flags)
+    row = metrics(folder)[-1]
     assert float(row["eval/kl"]) != 0 and not {f"eval/{name}" for name in TRUTH} & {*row}
+    if script.module is rlhf_baseline:  # with a critic of its own: carried on as if never stopped
+        given = ["--no-anneal", script.steps]
+        (tmp_path / "whole").mkdir()
+        whole = run(script, tmp_path / "whole", world, *flags, *given, 2)
+        shutil.rmtree(folder)
+        run(script, tmp_path, world, *flags, *given, 1)
+        code, out, err = resume(script, folder, *given, 2)
+        assert code == 0 and not compare_checkpoints(folder, whole, ("args", "log")), (out, err)
+
+
+def test_a_reward_model_without_a_weight(tmp_path, script, world):
+    """A new head is no news, a new layer is."""
+    if script.module is aihf_dpo_llm:
+        pytest.skip("there is no reward model")
+    change = changed_model(without_a_weight("transformer.h.0.ln_1.weight"), "reward-model-path")
+    flags = change(world, tmp_path)
+    assert_one_line_error(execute(script, tmp_path, world, *flags), "h.0.ln_1.w")
 
 
 def test_activations_computed_anew_change_nothing(tmp_path, script, world, plain):
@@ -903,7 +968,9 @@ def test_tracking_is_asked_for_and_may_refuse(tmp_path, script, world, monkeypat
     monkeypatch.setitem(sys.modules, "wandb", None)  # to import it would raise
     assert_one_line_error(execute(script, tmp_path, world, "--track"), "wandb")
     wandb, rows = (
-        types.SimpleNamespace(init=refuse, log=lambda row, step=None: rows.append(dict(row))),
+        types.SimpleNamespace(
+            init=refuse, log=lambda row, step=None: rows.append((step, dict(row)))
+        ),
         [],
     )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -914,7 +981,8 @@ def test_tracking_is_asked_for_and_may_refuse(tmp_path, script, world, monkeypat
     wandb.init = lambda **given: settings.update(given)
     folder = run(script, tmp_path, world, "--track", script.steps, 1)
     assert settings["id"] == "run" and settings["config"]["micro_batch_size"] == 8
-    assert rows[-1]["charts/step"] == 1
-    assert {k: f"{v:.9g}" for k, v in rows[-1].items()} == {
+    step, row = rows[-1]
+    assert row["charts/step"] == 1 and step == of(script, ppo=1, dpo=1, rlhf=None)
+    assert {k: f"{v:.9g}" for k, v in row.items()} == {
         k: v for k, v in metrics(folder)[-1].items() if v
     }

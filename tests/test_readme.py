@@ -219,6 +219,33 @@ def test_results_are_those_of_the_committed_runs():
             assert cell.strip().replace("−", "-") == expected, (world, method)
 
 
+TUNED = {  # defaults that the results rest on
+    ("aihf_sac_mujoco", "Args"): """preference_weight 10  preference_temperature 5  demo_weight 1
+    reward_updates_per_iteration 100  rollout_steps_per_iteration 2000  rollout_memory 10
+    reward_learning_rate 1e-3  learning_rate 1e-3  gradient_penalty 1000  return_form mean""",
+    ("rlhf_baseline", "MujocoArgs"): """kl_coefficient 10  critic_warmup_steps 10000
+    held_out_share 0.1  bc_updates 7000  bc_learning_rate 1e-3  reward_updates 3000
+    reward_learning_rate 3e-4  learning_rate 1e-4  gradient_penalty 1000""",
+    ("aihf_ppo_llm", "Args"): """demo_weight 1  preference_weight 3  response_memory 10
+    reward_penalty 0.3  reward_updates_per_iteration 10  policy_steps_per_iteration 5
+    reward_learning_rate 1e-3  learning_rate 1e-4  value_learning_rate 3e-4  ppo_steps 60
+    kl_coefficient 0.02  demo_loss linear""",
+    ("aihf_dpo_llm", "Args"): """demo_weight 1  preference_weight 1  beta 0.1  dpo_steps 200
+    learning_rate 1e-4  sft_normalisation token""",
+    ("rlhf_baseline", "LlmArgs"): """sft_epochs 3  sft_learning_rate 1e-4  reward_epochs 2
+    reward_learning_rate 1e-3  learning_rate 1e-4  value_learning_rate 3e-4  ppo_steps 60
+    kl_coefficient 0.05  held_out_share 0.1""",
+}
+
+
+@pytest.mark.parametrize("script, kind", TUNED)
+def test_defaults_are_the_tuned_ones(script, kind):
+    args, words = getattr(importlib.import_module(script), kind)(), TUNED[script, kind].split()
+    for name, value in zip(words[::2], words[1::2]):
+        default = getattr(args, name)
+        assert default == type(default)(value), name
+
+
 def test_banners_are_the_scripts():
     told = re.search(r"has the banners (.*?);", text(README), re.S)[1]
     banners = re.findall(r"`([A-Z][A-Za-z ]+)`", told)

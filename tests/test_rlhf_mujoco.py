@@ -26,6 +26,7 @@ from helpers import (
     assert_one_line_error,
     assert_same_run,
     compare_checkpoints,
+    evaluates_the_mean,
     files,
     killed_at,
     load,
@@ -120,6 +121,12 @@ def test_kl_divergence():
     kl = rlhf.kl_divergence(actor, parameters(actor), parameters(clone), obs)
     policies = (slow.gaussian(net, obs) for net in (actor.net, clone.net))
     close(kl, kl_divergence(*policies).sum(-1), 1e-9)
+    wide, narrow = new_actor(seed=2), new_actor(seed=3)  # beyond what a policy's deviation may be
+    wide.net[-1].bias.data[2:], narrow.net[-1].bias.data[2:] = 9.0, -1.0
+    wide.net[-1].bias.data[3] = -40.0
+    found = rlhf.kl_divergence(actor, parameters(wide), parameters(narrow), obs)
+    policies = (slow.gaussian(net, obs) for net in (wide.net, narrow.net))
+    close(found, kl_divergence(*policies).sum(-1), 1e-9)
     many = obs.repeat(20_000, 1)
     actions, log_prob = actor(many, draw(len(many), 2, seed=2))
     estimate = log_prob - rlhf.log_likelihood(clone, many, actions)
@@ -341,6 +348,7 @@ def test_stages_equal_a_slow_reference(tmp_path, data, monkeypatch, changes):
 
     fake_time = types.SimpleNamespace(perf_counter=lambda: next(clock), time_ns=lambda: 0)
     monkeypatch.setattr(rlhf, "Reward", scaled_reward)
+    assert rlhf.CHECK_EVERY == 50
     monkeypatch.setattr(rlhf, "CHECK_EVERY", CHECK_EVERY)
     monkeypatch.setattr(rlhf, "time", fake_time)
     monkeypatch.setattr(torch, "save", recording_save)
@@ -505,6 +513,8 @@ def test_evaluate_and_resume_of_a_finished_run_change_nothing(tmp_path, finished
     for flag in ("--evaluate", "--resume"):
         code, out, err = run_script(rlhf, ["mujoco", flag, finished], tmp_path)
         assert code == 0 and f"final true return {true_return:.0f} ±" in out, (out, err)
+        argv = ["mujoco", flag, finished]
+        assert evaluates_the_mean(rlhf, argv, tmp_path, load(finished))
         after = files(finished)
         assert after.pop("args.json") and after == {k: v for k, v in before.items() if k in after}
 
@@ -518,11 +528,39 @@ def test_the_cloned_policy_of_an_unfinished_run_can_be_evaluated(tmp_path, data)
 
 
 def test_resuming_with_more_steps_goes_on(tmp_path, finished, plain):
-    argv = ["mujoco", "--resume", finished, "--total-timesteps", 230]
+    """And another β, which is a setting."""
+    argv = ["mujoco", "--resume", finished, "--total-timesteps", 230, "--kl-coefficient", 7]
     code, out, err = run_script(rlhf, argv, tmp_path)
     assert code == 0, (out, err)
     assert metrics(finished)[:5] == metrics(plain)
-    assert metrics(finished)[5]["charts/sac_steps"] == "230"
+    last = metrics(finished)[5]
+    assert last["charts/sac_steps"] == "230" and float(last["losses/beta"]) == pytest.approx(7)
+
+
+def test_other_data_is_refused(tmp_path, data, finished):
+    shutil.copytree(data, tmp_path / "data")
+    for tier in ("low", "medium", "high"):
+        path = tmp_path / "data" / f"{tier}.npz"
+        actions = np.load(path)["actions"]
+        save_arrays(path, actions=0.99 * actions)
+        argv = ["mujoco", "--resume", finished, "--data-dir", tmp_path / "data"]
+        assert_one_line_error(run_script(rlhf, argv, tmp_path), "other data")
+        save_arrays(path, actions=actions)
+
+
+def test_what_is_compiled_is_the_update(tmp_path, data, plain, monkeypatch):
+    sizes = set()
+
+    def compile(update, **options):
+        def checked(sac, learning_rate, obs, *batch):
+            sizes.add(len(obs))
+            return update(sac, learning_rate, obs, *batch)
+
+        return checked
+
+    monkeypatch.setattr(torch, "compile", compile)
+    assert_same_run(run(tmp_path, data, "--compile"), plain)
+    assert sizes == {8}  # of the trial and of all batches
 
 
 # ------------------------------------------------------------------ not a number, and bad input

@@ -29,6 +29,7 @@ from helpers import (
     assert_one_line_error,
     assert_same_run,
     compare_checkpoints,
+    evaluates_the_mean,
     files,
     killed_at,
     load,
@@ -511,7 +512,7 @@ def slow_aihf(a: aihf.Args, folder: Path):
             adam.zero_grad()
             loss.backward()
             adam.step()
-        assert steepest > 1.2 or not a.gradient_penalty  # the penalty is at work
+        assert steepest > 1.1 or not a.gradient_penalty  # the penalty is at work
 
         iteration, fresh_steps = iteration + 1, sum(len(episode[0]) for episode in fresh)  # LOG
         env_steps += step - first + fresh_steps
@@ -572,6 +573,10 @@ KEPT = ("sac", "averaged", "reward", "replay", "recent")
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
 def test_loop_equals_a_slow_reference(tmp_path, data, monkeypatch, changes):
     """Checkpoint, metrics and random numbers after each iteration. float32 against float64."""
+    if not changes:  # demonstrations that end in falls
+        falling = make_robot_data(tmp_path / "falling", seed=1) / "low.npz"
+        data = Path(shutil.copytree(data, tmp_path / "data"))
+        shutil.copy(falling, data / "high.npz")
     flags = [*LOOP.split(), *changes.split(), "--data-dir", data]
     args = tyro.cli(aihf.Args, args=[str(flag) for flag in flags])
     states, save, make_reward, clock = [], torch.save, aihf.Reward, iter(range(0, 2000, 2))
@@ -724,19 +729,25 @@ def test_a_seed_gives_a_run_its_name_and_its_bits(tmp_path, data, plain):
 @pytest.mark.parametrize("compiler", ["works", "raises"])
 def test_compiling_changes_nothing(tmp_path, data, plain, monkeypatch, compiler):
     """Not even its warm-up on copies; without a compiler the run is eager and says so."""
-    compiled = []
+    compiled, sizes = [], set()
 
     def no_compiler(*args):
         raise RuntimeError("no C++ compiler\nat all")
 
     def compile(update, **options):
         compiled.append(update)
-        return update if compiler == "works" else no_compiler
+
+        def checked(sac, learning_rate, obs, *batch):
+            sizes.add(len(obs))
+            return update(sac, learning_rate, obs, *batch)
+
+        return checked if compiler == "works" else no_compiler
 
     monkeypatch.setattr(torch, "compile", compile)
     flags = [*TINY, "--data-dir", data, "--compile"]
     code, out, err = run_script(SCRIPT, flags, tmp_path)
     assert code == 0 and len(compiled) == 1 and "compiling" in out, err
+    assert sizes == ({16} if compiler == "works" else set())  # of the trial and of all batches
     assert len(re.findall("torch.compile failed .*no C.. compiler at all.* eager", out)) == (
         compiler == "raises"
     )
@@ -829,6 +840,7 @@ def test_a_finished_run_is_evaluated_and_resumed(tmp_path, finished):
     for flag, changed in (("--evaluate", set()), ("--resume", {"args.json"})):
         code, out, err = run_script(SCRIPT, [flag, finished], tmp_path)
         assert code == 0 and f"final true return {mean:.0f} ± {std:.0f};" in out, (out, err)
+        assert evaluates_the_mean(aihf, [flag, finished], tmp_path, load(finished))
         after = files(finished)
         assert {name for name in before | after if before[name] != after[name]} == changed
         assert not (tmp_path / "runs").exists()
@@ -853,7 +865,7 @@ def test_other_data_is_refused(tmp_path, data):
     pairs.write_text(text[:-2] + ("1" if text[-2] == "0" else "0"))
     assert_one_line_error(run_script(SCRIPT, ["--resume", folder], tmp_path), "other data")
     pairs.write_text(text)
-    for tier, name in (("low", "observations"), ("high", "actions")):
+    for tier, name in (("low", "observations"), ("medium", "actions"), ("high", "actions")):
         path = tmp_path / "data" / f"{tier}.npz"
         array = np.load(path)[name]
         save_arrays(path, **{name: 0.99 * array})
