@@ -632,17 +632,22 @@ def test_sampling_is_a_loop_without_cache_or_padding(tmp_path, script, kind):
     assert 0 < ends < 12
 
 
-@having("Scorer")
+@POLICIES
 def test_sampling_goes_on_until_all_processes_have_ended(tmp_path, script):
-    policy, uniforms = make_policy(script, tmp_path, "GPT2"), np.random.default_rng(0).random
-    uniform = next(
-        u for u in (uniforms((1, 6)) for _ in range(99))
-        if policy.sample(PROMPTS[:1], u)[2].shape[1] < 6
-    )  # fmt: skip
-    alone = policy.sample(PROMPTS[:1], uniform)
-    with mock.patch.object(script, "total", lambda x: x + 1):  # another one's row has not ended
-        *_, alive, texts = policy.sample(PROMPTS[:1], uniform)
-    assert alive.shape[1] == 6 and alive.sum() == alone[2].sum() and texts == alone[3]
+    policy, uniforms, passes = make_policy(script, tmp_path, "GPT2"), np.random.default_rng(0), []
+    policy.register_forward_hook(lambda *call: passes.append(1))
+    while len(passes) in (0, 6):  # until a response has ended early
+        passes.clear()
+        uniform = uniforms.random((1, 6))
+        alone = policy.sample(PROMPTS[:1], uniform)
+    passes.clear()
+    going_on = {"total": lambda x: x + 1, "gather": lambda x: x if x.dtype.is_signed else x ^ x}
+    name = "gather" if script is dpo else "total"  # another one's row has not ended
+    with mock.patch.object(script, name, going_on[name]):
+        found = policy.sample(PROMPTS[:1], uniform)
+    assert len(passes) == 6 and (found if script is dpo else found[-1]) == (
+        alone if script is dpo else alone[-1]
+    )
 
 
 def test_scores_of_any_number_of_rows_are_shared(tmp_path, monkeypatch):
@@ -709,11 +714,15 @@ def test_roberta_reads_as_much_as_it_can(tmp_path, script):
     torch.testing.assert_close(score, expected)
 
 
-@SCORERS
+@POLICIES
 def test_a_tokenizer_may_read_less_than_its_model(tmp_path, script):
     tokenizer = word_tokenizer(VOCABULARY)
     tokenizer.model_max_length = 5
     name = save(tmp_path, "GPT2", tokenizer, 0, "SequenceClassification", num_labels=1)
+    if script is dpo:
+        _, tokenizer = dpo.load_judge(name, arguments(dpo), torch.device("cpu"))
+        assert tokenizer.model_max_length == 5
+        return
     scorer = script.Scorer(name, arguments(script), True)
     assert scorer.limit == 4  # beside the begin token
     long, short = scorer.score(["great " * 9 + "a film plot awful", "a film plot awful"])
