@@ -39,7 +39,7 @@ from data_gen import read
 
 @dataclass
 class Args:
-    env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "Hopper-v4"  # a robot of gymnasium's
+    env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "Hopper-v4"  # a gymnasium robot
     seed: int = 1  # of networks, exploration, batches, rollouts; evaluation has seeds of its own
     total_timesteps: int | None = None  # SAC steps; None: 100,000 for each dimension of actions
     data_dir: str = ""  # high.npz, medium.npz, low.npz, pairs.csv; "": data_gen/assets/mujoco/<env>

@@ -7,7 +7,7 @@ al., arXiv 2406.06874: Sections 2, 6.1 and 6.2. Equation numbers are the paper's
     python rlhf_baseline.py llm
 
 Each learns from the data of aihf_sac_mujoco.py or aihf_ppo_llm.py, with the same networks and as
-many steps of SAC (6 to 12 minutes) or PPO (7); prints the true return or the ground-truth score,
+many steps of SAC (7 to 37 minutes) or PPO (7); prints the true return or the ground-truth score,
 which nothing else reads; writes runs/<run_name>/. `torchrun --nproc-per-node 2 rlhf_baseline.py
 llm` shards language models over processes (FSDP2).
 
@@ -56,7 +56,7 @@ ASSETS = "data_gen/assets/imdb"
 class MujocoArgs:
     """MuJoCo robots: behaviour cloning, reward model, SAC"""
 
-    env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "Hopper-v4"  # a robot of gymnasium's
+    env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "Hopper-v4"  # a gymnasium robot
     seed: int = 1  # of networks, held-out data, batches, exploration; evaluation has its own
     total_timesteps: int | None = None  # SAC steps; None: 100,000 for each dimension of actions
     data_dir: str = ""  # high.npz, medium.npz, low.npz, pairs.csv; "": data_gen/assets/mujoco/<env>
