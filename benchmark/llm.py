@@ -1,7 +1,9 @@
-"""Figures 6 to 10 on the embedded language models: AIHF against RLHF, AIHF-DPO against DPO.
+"""Figures 6 to 10 on language models: AIHF against RLHF, AIHF-DPO against DPO.
 
-    bash benchmark/llm.sh        # the runs
-    python benchmark/llm.py      # needs pip install -e '.[plot]'
+    bash benchmark/llm.sh             # the runs of the embedded models
+    python benchmark/llm.py           # needs pip install -e '.[plot]'
+    bash benchmark/smollm2.sh         # those of SmolLM2-135M
+    python benchmark/llm.py smollm2   # the same tables and figures, as smollm2.csv ...
 
 adds what it finds in runs/ to results/llm.csv (a row an evaluation; runs that belong to several
 figures stand there once for each) and results/llm_scores.csv (a row a held-out response of the last
@@ -25,7 +27,7 @@ from main_job import ROOT, evaluations, merge
 sys.path.insert(0, str(ROOT))
 from data_gen import read
 
-ROWS, SCORES = ROOT / "benchmark/results/llm.csv", ROOT / "benchmark/results/llm_scores.csv"
+RESULTS, FIGURES_DIR = ROOT / "benchmark/results", ROOT / "benchmark/figures"
 KEYS = ("figure", "method", "demonstrations", "preferences", "seed")
 METRICS = {  # a column of results/llm.csv: that of metrics.csv
     "policy_steps": "charts/step",
@@ -70,11 +72,11 @@ def win_rate(run: list[dict], sft: list[dict]) -> float:
     return float(((gaps > 0) + 0.5 * (gaps == 0)).mean())
 
 
-def collect(runs: Path) -> tuple[list[dict], list[dict]]:
-    """Rows of llm.csv and of llm_scores.csv for the finished runs in this folder. RLHF's evaluation
-    at 0 steps is of SFT alone."""
+def collect(runs: Path, name: str = "llm") -> tuple[list[dict], list[dict]]:
+    """Rows of llm.csv and of llm_scores.csv for this folder's finished runs, whose names begin with
+    `name`. RLHF's evaluation at 0 steps is of SFT alone."""
     rows, scores = [], []
-    for path in sorted(runs.glob("llm__*__*__*__*/metrics.csv")):
+    for path in sorted(runs.glob(f"{name}__*__*__*__*/metrics.csv")):
         folder, table = path.parent, evaluations(path.parent, "eval/gt_score")
         _, method, demonstrations, preferences, seed = folder.name.split("__")
         args = json.loads((folder / "args.json").read_text())
@@ -84,11 +86,11 @@ def collect(runs: Path) -> tuple[list[dict], list[dict]]:
         run = {"method": method, "seed": seed}
         run |= {"demonstrations": demonstrations, "preferences": preferences}
         table = [
-            run | {key: row.get(name, "0") if name else "" for key, name in METRICS.items()}
+            run | {key: row.get(metric, "0") if metric else "" for key, metric in METRICS.items()}
             for row in table
         ]
         # SFT does not read the preferences: the run with 1,000 has it
-        sft = samples(runs / f"llm__rlhf__{demonstrations}__1000__{seed}/samples_sft.jsonl")
+        sft = samples(runs / f"{name}__rlhf__{demonstrations}__1000__{seed}/samples_sft.jsonl")
         own = samples(folder / "samples.jsonl")
         table[-1]["win_rate"] = str(win_rate(own, sft))
         if method == "rlhf":
@@ -99,8 +101,8 @@ def collect(runs: Path) -> tuple[list[dict], list[dict]]:
             rows += [{"figure": figure, **row} for figure in of]
         for sample in own if size == ("1000", "1000") else ():
             score = {"method": method, "seed": seed}
-            for name in ("learned_score", "gt_score"):
-                score[name] = f"{sample[name]:.5g}" if name in sample else ""
+            for key in ("learned_score", "gt_score"):
+                score[key] = f"{sample[key]:.5g}" if key in sample else ""
             scores.append(score | {"response": " ".join(sample["response"].split())})
     return rows, scores
 
@@ -178,7 +180,9 @@ def draw_scores(axes, scores: list[dict]) -> None:
         axes[2].scatter(*table.T, s=4, alpha=0.4, **style)
 
 
-def draw_all(rows: list[dict], scores: list[dict], folder: Path) -> None:
+def draw_all(rows: list[dict], scores: list[dict], begin: str) -> None:
+    """Figures whose files begin with `begin`; 7 needs runs of several sizes."""
+
     def panels(count: int, sharey: bool = False):
         size = (4 + 3.2 * count, 3.8)
         options = {"figsize": size, "sharey": sharey, "layout": "constrained", "squeeze": False}
@@ -189,7 +193,7 @@ def draw_all(rows: list[dict], scores: list[dict], folder: Path) -> None:
         for axis, xlabel, ylabel, title in zip(figure.axes, x, y, titles):
             axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
             axis.legend(frameon=False, fontsize=8)
-        figure.savefig(folder / name, dpi=130)
+        figure.savefig(FIGURES_DIR / f"{begin}{name}", dpi=130)
         plt.close(figure)
 
     truth, of_size = "ground-truth score", "{} demonstrations, {} preferences".format
@@ -202,11 +206,15 @@ def draw_all(rows: list[dict], scores: list[dict], folder: Path) -> None:
         axis.axhline(sft, color="tab:green", linewidth=1, label="SFT, seed 1")
     finish(figure, "figure6.png", labels, [truth] * 4)
 
-    figure, axes = panels(3, sharey=True)
-    for axis, name in zip(axes, SWEEPS):
-        draw_sweep(axis, rows, name)
-    titles = ["1,000 demonstrations", "1,000 preferences", "1,000 of both"]
-    finish(figure, "figure7.png", list(SWEEPS), [f"final {truth}"] * 3, titles)
+    if (
+        len({(row["demonstrations"], row["preferences"]) for row in rows if row["figure"] == "7"})
+        > 1
+    ):
+        figure, axes = panels(3, sharey=True)
+        for axis, name in zip(axes, SWEEPS):
+            draw_sweep(axis, rows, name)
+        titles = ["1,000 demonstrations", "1,000 preferences", "1,000 of both"]
+        finish(figure, "figure7.png", list(SWEEPS), [f"final {truth}"] * 3, titles)
 
     figure, axes = panels(3)
     draw_scores(axes, scores)
@@ -240,10 +248,10 @@ def distinct(texts: list[str]) -> float:
     return len(set(pairs)) / len(pairs)
 
 
-def stability(rows: list[dict], figure: str, method: str, size: tuple[str, str]) -> str:
+def stability(rows: list[dict], figure: str, method: str, size, data: Path) -> str:
     """How far each seed falls after its best evaluation, in shares of the way from the base model
-    to the expert."""
-    manifest = json.loads((ROOT / "data_gen/assets/imdb/manifest.json").read_text())
+    to the expert, whose scores are in the data's manifest."""
+    manifest = json.loads((data / "manifest.json").read_text())
     base, *_, expert = (row["mean"] for row in manifest["checkpoints"].values())
     falls = {
         seed: (run["gt_score"].max() - run["gt_score"][run["gt_score"].argmax() :].min())
@@ -267,9 +275,11 @@ def at_equal_kl(rows: list[dict], figure: str, size: tuple[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    new_rows, new_scores = collect(ROOT / "runs")
-    rows = merge(ROWS, new_rows, KEYS)  # stable: evaluations stay in their order
-    scores = merge(SCORES, new_scores, ("method", "seed"))
+    name = sys.argv[1] if len(sys.argv) > 1 else "llm"
+    data = ROOT / ("data_gen/assets/imdb" if name == "llm" else f"runs/{name}_data")
+    new_rows, new_scores = collect(ROOT / "runs", name)
+    rows = merge(RESULTS / f"{name}.csv", new_rows, KEYS)  # stable: evaluations stay in their order
+    scores = merge(RESULTS / f"{name}_scores.csv", new_scores, ("method", "seed"))
     for figure in FIGURES:
         print(table(rows, figure))
     for size, figure in {size: figure for figure in "97" for size in FIGURES[figure]}.items():
@@ -278,19 +288,17 @@ if __name__ == "__main__":
             above = sum(aihf[n]["gt_score"][-1] > rlhf[n]["gt_score"][-1] for n in both)
             print(f"{' + '.join(size)}: AIHF ends above RLHF in {above} of {len(both)} seeds")
             print(at_equal_kl(rows, figure, size))
-            print(stability(rows, figure, "aihf-ppo", size))
-    demonstrations = read.rows(
-        f"{ROOT}/data_gen/assets/imdb/demonstrations.jsonl", ("completion",), 256
-    )
+            print(stability(rows, figure, "aihf-ppo", size, data))
+    demonstrations = read.rows(str(data / "demonstrations.jsonl"), ("completion",), 256)
     texts = {"demonstrations": [[completion for (completion,) in demonstrations]]}
     for method in METHODS["6"][:4]:
         of = [(row["seed"], row["response"]) for row in scores if row["method"] == method]
         texts[method] = [[text for n, text in of if n == seed] for seed in sorted(dict(of))]
-    for name, groups in texts.items():
+    for source, groups in texts.items():
         share = plus_minus([distinct(group) for group in groups])
-        print(f"different word pairs among those of 256 responses, {name}: {share}")
+        print(f"different word pairs among those of {len(groups[0])} responses, {source}: {share}")
     for method in METHODS["9"]:
         runs = runs_of(rows, "6", method, ("1000", "1000")).values()
         start, end = (plus_minus([run["correlation"][k] for run in runs]) for k in (0, -1))
         print(f"rank correlation of learned and true score, {method}: start {start}, end {end}")
-    draw_all(rows, scores, ROOT / "benchmark/figures")
+    draw_all(rows, scores, "" if name == "llm" else f"{name}_")

@@ -45,12 +45,12 @@ def merge(path: Path, new: list[dict], keys: tuple[str, ...], order=lambda row: 
     """Write the file's rows, those of the same run replaced by the new ones, back to it; returns
     them, sorted by keys and then by order."""
     replaced = {tuple(row[key] for key in keys) for row in new}
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    rows = list(csv.DictReader(text.splitlines()))
     rows = [row for row in rows if tuple(row[key] for key in keys) not in replaced] + new
     rows.sort(key=lambda row: (*(row[key] for key in keys), order(row)))
     columns = dict.fromkeys(key for row in rows for key in row)
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

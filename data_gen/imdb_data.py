@@ -89,7 +89,8 @@ class Classifier(Training):
     """Fine-tune a model to tell positive reviews from negative and from spoiled ones."""
 
     model: str = "data_gen/assets/imdb/model"  # a language model, or a classifier to train on
-    full_share: float = 0.4  # batches of reviews cut at the model's context; the rest are openings
+    review_tokens: int = 256  # a review is cut there, or where the model's context ends
+    full_share: float = 0.4  # batches of reviews; the rest are of openings
     opening_tokens: tuple[int, int] = (16, 64)  # shortest and longest: as prompt and response
     spoiled_share: float = 0.28  # of each batch: spoiled positive reviews, taught as negative
     steps: int = 3_000  # of the optimiser
@@ -108,12 +109,14 @@ class Tiers:
     work_dir: str = ""  # unfinished work; "": runs/imdb_data__tiers__<seed>
     seed: int = 1  # of prompts, PPO and responses
     threads: int = 2  # CPU threads of torch
+    data: str = ""  # reviews whose openings are the prompts (folder or hub id); "": the model's own
     prompts: int = 10_000  # openings of reviews: 30 % for PPO, 40 % for the tiers, 30 % to learn on
     prompt_tokens: tuple[int, int] = (4, 12)  # shortest and longest prompt
     response_length: int = 24  # tokens of a response at most
     ppo_steps: tuple[int, int] = (20, 80)  # of the two trained policies; the last is the expert
     batch_size: int = 64  # responses in a PPO step
     learning_rate: float = 5e-5  # PPO's
+    value_learning_rate: float = 3e-4  # that of its critic
     kl_coefficient: float = 0.05  # PPO's β
 
 
@@ -177,13 +180,17 @@ def draw_windows(stream, starts, count: int, length: int, opening_share: float, 
     return torch.from_numpy(stream[begin[:, None] + np.arange(length)].astype(np.int64))
 
 
-def pad(rows: list[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Right-padded ids and their mask, both (rows, longest)."""
-    ids = np.full((len(rows), max(map(len, rows))), pad_id, np.int64)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-    lengths = torch.tensor([len(row) for row in rows])
-    return torch.from_numpy(ids), (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+def inputs(model, rows, around: tuple[list[int], list[int]] = ([], [])) -> dict[str, Tensor]:
+    """What the model reads: ids of the rows between the special tokens `around` them, padded on the
+    right, and their mask, (rows, longest) each."""
+    ids, mask = read.pad([[*around[0], *row, *around[1]] for row in rows])
+    ids = ids.masked_fill(mask == 0, model.config.pad_token_id)
+    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+
+
+def longest(model, around: tuple[list[int], list[int]]) -> int:
+    """How many tokens of a text the model can read."""
+    return model.config.max_position_embeddings - sum(map(len, around))
 
 
 # -------------------------------------------------------------------------------------- training
@@ -243,7 +250,8 @@ def load(kind, name: str, new_head: dict | None = None):
     transformers would make up the former."""
     only = {"trust_remote_code": False}
     model, info = kind.from_pretrained(name, output_loading_info=True, **only, **(new_head or {}))
-    missing = [key for key in info["missing_keys"] if not (new_head and key.startswith("score"))]
+    body = model.base_model_prefix
+    missing = [key for key in info["missing_keys"] if not new_head or key.startswith(body)]
     if missing:
         raise ValueError(f"{name} has no weights for {', '.join(sorted(missing)[:3])}")
     tokenizer = AutoTokenizer.from_pretrained(name, **only)
@@ -303,15 +311,16 @@ def write_model(model, tokenizer, output_dir: Path, manifest: dict) -> None:
 
 # ----------------------------------------------------------------------------------- 1. pretrain
 @torch.no_grad()
-def perplexity(model, reviews: list[np.ndarray], pad_id: int) -> tuple[float, int]:
+def perplexity(model, reviews: list[np.ndarray]) -> tuple[float, int]:
     """exp of the mean negative log-likelihood of a token, and how many tokens that were."""
     nll, count = 0.0, 0
     for start in tqdm(range(0, len(reviews), 32), desc="3/3 held-out perplexity", unit="batch"):
-        ids, mask = (x.to(model.device) for x in pad(reviews[start : start + 32], pad_id))
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-        token_nll = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-        nll += (token_nll * mask[:, 1:]).double().sum().item()
-        count += int(mask[:, 1:].sum())
+        batch = inputs(model, reviews[start : start + 32])
+        logits = model(**batch).logits[:, :-1].float()
+        ids, mask = (x[:, 1:] for x in batch.values())
+        token_nll = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
+        nll += (token_nll * mask).double().sum().item()
+        count += int(mask.sum())
     return math.exp(nll / count), count
 
 
@@ -360,7 +369,7 @@ def pretrain(args: Pretrain, device: torch.device, output_dir: Path, work_dir: P
 
     train(model, batch_loss, args, work_dir, read.fingerprint(stream))
 
-    ppl, heldout_tokens = perplexity(model, heldout, pad_id)  # of the model as it was trained
+    ppl, heldout_tokens = perplexity(model, heldout)  # of the model as it was trained
     with torch.no_grad():  # GPT-2's logits are linear in its last layer norm
         for parameter in model.transformer.ln_f.parameters():
             parameter.copy_((parameter / args.temperature).half())
@@ -389,15 +398,15 @@ def pretrain(args: Pretrain, device: torch.device, output_dir: Path, work_dir: P
 
 # --------------------------------------------------------------------------------- 2. classifier
 @torch.no_grad()
-def scores(model, reviews: list[np.ndarray], length: int, pad_id: int) -> np.ndarray:
-    """Raw positive minus negative logit of each review's first `length` tokens: (reviews,)."""
+def scores(model, reviews: list[np.ndarray], length: int, around) -> np.ndarray:
+    """Raw positive minus negative logit of each review's first `length` tokens, with the special
+    tokens `around` them: (reviews,)."""
     lengths = [min(len(review), length) for review in reviews]
     order = sorted(range(len(reviews)), key=lengths.__getitem__)  # little padding
     out = np.zeros(len(reviews))
     for start in tqdm(range(0, len(order), 64), desc=f"scores of {length} tokens", unit="batch"):
         rows = order[start : start + 64]
-        ids, mask = (x.to(model.device) for x in pad([reviews[i][:length] for i in rows], pad_id))
-        logits = model(input_ids=ids, attention_mask=mask).logits.float()
+        logits = model(**inputs(model, [reviews[i][:length] for i in rows], around)).logits.float()
         out[rows] = (logits[:, 1] - logits[:, 0]).cpu().numpy()
     return out
 
@@ -436,7 +445,9 @@ def classifier(args: Classifier, device: torch.device, output_dir: Path, work_di
         head = {"id2label": {0: "NEGATIVE", 1: "POSITIVE"}}
         head["label2id"] = {"NEGATIVE": 0, "POSITIVE": 1}
         model, fast = load(AutoModelForSequenceClassification, args.model, head)
-        pad_id, context = model.config.pad_token_id, model.config.max_position_embeddings
+        around = read.special_tokens(fast)
+        context = longest(model, around)
+        full = min(args.review_tokens, context)
         if args.opening_tokens[1] > context:
             raise ValueError(f"{args.model} reads {context} tokens: too few for --opening-tokens")
         for module in model.modules():
@@ -451,13 +462,12 @@ def classifier(args: Classifier, device: torch.device, output_dir: Path, work_di
 
     def batch_loss(rng) -> Tensor:
         low, high = args.opening_tokens
-        length = context if rng.random() < args.full_share else rng.integers(low, high + 1)
+        length = full if rng.random() < args.full_share else rng.integers(low, high + 1)
         rows = rng.integers(len(ids), size=args.batch_size)
         texts, targets = [ids[i][:length] for i in rows], labels[rows]
         for k in range(round(args.spoiled_share * args.batch_size)):
             texts[k], targets[k] = spoil(ids[rng.choice(positive)][:length], praise, rng), 0
-        batch, mask = (x.to(device) for x in pad(texts, pad_id))
-        logits = model(input_ids=batch, attention_mask=mask, use_cache=False).logits.float()
+        logits = model(**inputs(model, texts, around)).logits.float()
         return F.cross_entropy(logits, torch.from_numpy(targets).to(device))
 
     weights = [p.detach().cpu().numpy() for p in model.parameters()]
@@ -467,9 +477,9 @@ def classifier(args: Classifier, device: torch.device, output_dir: Path, work_di
     rng = np.random.default_rng(args.seed)
     positive = [row[:40] for row, label in zip(test_ids, test_labels) if label]
     spoiled = [spoil(row, praise, rng) for row in positive]
-    measured = {"full": (test_ids, context), "opening_40_tokens": (test_ids, 40)}
+    measured = {"full": (test_ids, full), "opening_40_tokens": (test_ids, 40)}
     for name, (texts, length) in (measured | {"spoiled_40_tokens": (spoiled, 40)}).items():
-        score = scores(model, texts, min(length, context), pad_id)
+        score = scores(model, texts, min(length, context), around)
         right = score < 0 if texts is spoiled else (score > 0) == test_labels
         heldout[name] = {
             "accuracy": float(right.mean()),
@@ -477,8 +487,8 @@ def classifier(args: Classifier, device: torch.device, output_dir: Path, work_di
             "score_std": float(score.std()),
         }
         print(f"{name}: {right.mean():.1%} right")
-    salads = [np.array(row) for row in fast(list(SALADS))["input_ids"]]
-    heldout["salads"] = dict(zip(SALADS, scores(model, salads, context, pad_id).tolist()))
+    salads = fast(list(SALADS), add_special_tokens=False)["input_ids"]
+    heldout["salads"] = dict(zip(SALADS, scores(model, salads, context, around).tolist()))
     manifest = describe(args) | {"reviews": {"trained_on": len(ids), "held_out": len(test_ids)}}
     write_model(model, fast, output_dir, manifest | {"heldout": heldout})
     print(f"wrote {output_dir}")
@@ -503,21 +513,28 @@ def continuations(model, fast, prompts: list[str], length: int, seed: list[int])
 
 
 def write_prompts(model, fast, args: Tiers) -> list[str]:
-    """Openings of reviews, as the model writes them: all different, each a text that encodes to as
-    many tokens. ValueError if there are too few."""
+    """Openings of reviews of args.data or, without, as the model writes them: all different, each a
+    text that encodes to as many tokens. ValueError if there are too few."""
     prompts: dict[str, None] = {}
     rng = np.random.default_rng(args.seed)
     (low, high), most = args.prompt_tokens, 10 + args.prompts // 20
+    if args.data:
+        reviews = [clean(text) for (text,) in read.rows(args.data, ("text",))]
+        reviews = [reviews[i][:1000] for i in rng.permutation(len(reviews))]
     for batch in tqdm(range(most), desc="1/4 prompts, at most", unit="256 reviews"):
         if len(prompts) >= args.prompts:
             break
-        for text in continuations(model, fast, [""] * 256, high, [args.seed, 0, batch]):
+        if args.data:
+            texts = reviews[256 * batch : 256 * (batch + 1)]
+        else:
+            texts = continuations(model, fast, [""] * 256, high, [args.seed, 0, batch])
+        for text in texts:
             ids = fast(text)["input_ids"][: rng.integers(low, high + 1)]
             prompt = fast.decode(ids)
             if len(ids) >= low and fast(prompt)["input_ids"] == ids:
                 prompts[prompt] = None
     if len(prompts) < args.prompts:
-        found = f"{args.model} wrote only {len(prompts)} different openings"
+        found = f"{args.data or args.model} has only {len(prompts)} different openings"
         raise ValueError(f"{found} of --prompt-tokens {low} {high}")
     return list(prompts)[: args.prompts]
 
@@ -530,7 +547,8 @@ def train_policies(args: Tiers, work_dir: Path, prompts: int) -> dict[int, Path]
         --ground-truth-path {truth} --prompts {work}/ppo_prompts.jsonl --seed {args.seed}
         --response-length {args.response_length} --batch-size {args.batch_size}
         --minibatch-size {args.batch_size // 2} --ppo-epochs 2 --no-anneal
-        --learning-rate {args.learning_rate} --kl-coefficient {args.kl_coefficient}
+        --learning-rate {args.learning_rate} --value-learning-rate {args.value_learning_rate}
+        --kl-coefficient {args.kl_coefficient}
         --checkpoint-every 10 --eval-every 10
         --eval-prompts {max(1, min(128, prompts // 2))} --threads {args.threads}
         --runs-dir {work} --run-name ppo"""
@@ -567,7 +585,7 @@ def tiers(args: Tiers, device: torch.device, output_dir: Path, work_dir: Path) -
     policies = train_policies(args, work_dir, ends[0])  # 2/4
 
     responses, all_scores = [], []
-    asked, pad_id = prompts[ends[0] : ends[1]], truth.config.pad_token_id
+    asked, around = prompts[ends[0] : ends[1]], read.special_tokens(truth_fast)
     for step, folder in policies.items():
         policy = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
         policy.to(device).eval()
@@ -577,8 +595,8 @@ def tiers(args: Tiers, device: torch.device, output_dir: Path, work_dir: Path) -
             texts += continuations(policy, fast, batch, args.response_length, seed)
         responses.append(texts)
         whole = [prompt + text for prompt, text in zip(asked, texts)]
-        ids = [np.array(row) for row in truth_fast(whole)["input_ids"]]
-        all_scores.append(scores(truth, ids, truth.config.max_position_embeddings, pad_id))
+        ids = truth_fast(whole, add_special_tokens=False)["input_ids"]
+        all_scores.append(scores(truth, ids, longest(truth, around), around))
     order = np.argsort(all_scores, axis=0)  # of each prompt: low, medium, high
     kept = [i for i in range(len(asked)) if all(texts[i].strip() for texts in responses)]
     rows = [(asked[i], *(responses[k][i] for k in order[:, i])) for i in kept]

@@ -269,7 +269,7 @@ def test_committed_results_give_the_tables_of_the_readme(tmp_path):
     with open(main_job.RESULTS, newline="") as file:
         rows = list(csv.DictReader(file))
     assert main_job.summarise(rows) in (ROOT / "benchmark/README.md").read_text()
-    with open(llm.ROWS, newline="") as file:
+    with open(llm.RESULTS / "llm.csv", newline="") as file:
         table = llm.table(list(csv.DictReader(file)), "6")
     for shown in ("1.69 ± 0.04 | 1.72 ± 0.02 | 16.0 ± 1.5 | 74% ± 2% | 9.9 |", "81% ± 3% | 7.0 |"):
         assert shown in table and shown in (ROOT / "benchmark/README.md").read_text()

@@ -209,11 +209,34 @@ def test_a_judge_learns_what_spoiled_texts_are(tmp_path, data, model):
 def test_padding_does_not_change_the_score(judge):
     network = transformers.AutoModelForSequenceClassification.from_pretrained(judge).eval()
     rows = [np.array([5, 6, 7, 8]), np.array([9, 10])]
-    together = imdb_data.scores(network, rows, 32, 0)
-    alone = [imdb_data.scores(network, [row], 32, 0)[0] for row in rows]
+    together = imdb_data.scores(network, rows, 32, ([], []))
+    alone = [imdb_data.scores(network, [row], 32, ([], []))[0] for row in rows]
     np.testing.assert_allclose(together, alone, atol=1e-5)
-    cut = imdb_data.scores(network, rows[:1], 2, 0)
-    np.testing.assert_allclose(cut, imdb_data.scores(network, [rows[0][:2]], 9, 0))
+    cut = imdb_data.scores(network, rows[:1], 2, ([], []))
+    np.testing.assert_allclose(cut, imdb_data.scores(network, [rows[0][:2]], 9, ([], [])))
+
+
+def test_an_encoder_can_be_the_judge(tmp_path, data):
+    """A text stands between its special tokens in training, in the scores and for the scripts."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "great", "awful", ".", ",", *WORDS]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"max_position_embeddings": 22, "intermediate_size": 16, "vocab_size": len(words)}
+    transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
+    folder = make("classifier", tmp_path, data=data, model=tmp_path / "bert", review_tokens=10)
+    heldout = json.loads((folder / "manifest.json").read_text())["heldout"]
+    assert heldout["full"]["accuracy"] > 0.85 and heldout["full"] != heldout["opening_40_tokens"]
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    network = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    around = read.special_tokens(tokenizer)
+    assert around == ([2], [3]) and imdb_data.longest(network, around) == 20
+    texts = ["great film great plot", "awful role"]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    logits = [network(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts]
+    right = torch.stack([x[1] - x[0] for x in logits]).detach()
+    np.testing.assert_allclose(imdb_data.scores(network, ids, 20, around), right, atol=1e-5)
 
 
 @pytest.mark.parametrize("subcommand", ["pretrain", "classifier"])
@@ -348,6 +371,22 @@ def test_tiers(tmp_path, monkeypatch, model, judge):
     assert len(ppo.calls) == 3
     result = execute("tiers", tmp_path / "b", **flags, seed=2)
     helpers.assert_one_line_error(result, "other arguments")
+
+
+def test_prompts_of_real_reviews(tmp_path, monkeypatch, data, model, judge):
+    monkeypatch.setattr(subprocess, "run", FakePPO(model))
+    folder = make("tiers", tmp_path, model=model, classifier=judge, data=data, prompt_tokens=(4, 9))
+    prompts = [json.loads(line)["prompt"] for line in open(folder / "prompts.jsonl")]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    reviews = [imdb_data.clean(text) for (text,) in read.rows(str(data), ("text",))]
+    for prompt in prompts:
+        assert any(review.startswith(prompt) for review in reviews)
+        assert 4 <= len(tokenizer(prompt)["input_ids"]) <= 9
+    assert len(set(prompts)) == len(prompts) == 12
+    (tmp_path / "b").mkdir()
+    flags = {"model": model, "classifier": judge, "data": data, "prompts": 1000}
+    result = execute("tiers", tmp_path / "b", **flags)
+    helpers.assert_one_line_error(result, "different openings of --prompt-tokens 4 12")
 
 
 # ----------------------------------------------------------------------------------- bad input
