@@ -1,7 +1,7 @@
 """AIHF-DPO: the reward-free form of AIHF, demonstrations and preferences in one likelihood.
 
 "Joint Demonstration and Preference Learning Improves Policy Alignment with Human Feedback", Li et
-al., arXiv 2406.06874: (13) on language models (6.1, A.2.2). Equation numbers are the paper's.
+al., arXiv 2406.06874: (13) on language models (6.2, A.2.2). Equation numbers are the paper's.
 
     python aihf_dpo_llm.py
 

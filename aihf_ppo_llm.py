@@ -1,7 +1,7 @@
 """AIHF with PPO: one reward from demonstrations and preferences, one language model aligned to it.
 
 "Joint Demonstration and Preference Learning Improves Policy Alignment with Human Feedback", Li et
-al., arXiv 2406.06874: Algorithm 1 on language models (6.1, 6.2, A.2.2). Equation numbers are the
+al., arXiv 2406.06874: Algorithm 1 on language models (6.2, A.2.2). Equation numbers are the
 paper's.
 
     python aihf_ppo_llm.py

@@ -636,9 +636,9 @@ def two_processes(tmp_path_factory, world) -> Path:
             flags += ["--model-name-or-path", world / "deep"]
             run(script, folder, world, *flags, "--run-name", f"{name}_one")
             resumed = shutil.copytree(folder / f"{name}_one", folder / f"{name}_one_then_two")
-            begin = [*flags, "--micro-batch-size", 2, "--run-name", f"{name}_two"]
+            begin = [*flags, "--micro-batch-size", 2, "--gradient-checkpointing"]
             carry_on = [*script.command, "--resume", str(resumed), script.steps, "2"]
-            for argv in (command(script, world, *begin), carry_on):
+            for argv in (command(script, world, *begin, "--run-name", f"{name}_two"), carry_on):
                 port = sockets.enter_context(socket.create_server(("", 0))).getsockname()[1]
                 jobs.append([script.module.__name__, argv, port])
         meeting = sockets.enter_context(socket.create_server(("", 0))).getsockname()[1]
