@@ -17,8 +17,6 @@ is (8) with the policy's own r = β log π/π⁰ as the reward. Two departures (
 - log π(y|x) of a demonstration is a mean over its tokens: α = 1 weighs it about as much as a pair.
 """
 
-import inspect
-import math
 import os
 import sys
 import time
@@ -189,7 +187,7 @@ def main() -> None:
                 row[name] = row.get(name, 0) + columns[name].detach().sum() / size
         row = {name: gather(mean[None]).sum() for name, mean in row.items()}
         norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
-        read.check_finite(step, run_dir, loss=row["losses/total"], gradient=whole(norm))
+        read.check_finite(step, run_dir, loss=row["losses/total"], gradient=norm)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -250,9 +248,7 @@ class Policy(nn.Module):
         self.lm, self.tokenizer = load("AutoModelForCausalLM", name, args)
         self.texts = read.Texts(self.tokenizer, args.max_prompt_length, args.response_length)
         self.args, self.vocabulary = args, self.tokenizer.get_vocab()
-        names = inspect.signature(self.lm.forward).parameters
-        self.cache = "cache" if "cache" in names else "past_key_values"  # before transformers 5
-        limit = getattr(self.lm.config, "max_position_embeddings", None) or math.inf
+        limit = getattr(self.lm.config, "max_position_embeddings", None) or 10**6
         if args.max_prompt_length + args.response_length > limit:
             raise ValueError(f"{name} reads {limit} tokens: too few for prompt and response")
 
@@ -268,15 +264,16 @@ class Policy(nn.Module):
             found.append(zip(prompt_ids, responses))
         return list(zip(*found))
 
-    def forward(self, ids: Tensor, mask: Tensor, length: int, cache=None, keep: bool = False):
+    def forward(self, ids: Tensor, mask: Tensor, length: int, cache: dict | None = None):
         """Logits of the last `length` positions, float32 (rows, length, vocabulary), and the cache,
-        of ids (rows, tokens) and of the mask (rows, ·) of these and of what is cached."""
+        {} at first, of ids (rows, tokens) and the mask (rows, ·) of these and of what is cached."""
         positions = (mask.cumsum(-1) - 1).clamp(min=0)  # 0 at the first token, after the padding
         inputs = {"input_ids": ids, "position_ids": positions[:, -ids.shape[1] :]}
-        inputs |= {self.cache: cache, "use_cache": keep, "logits_to_keep": length}
+        inputs |= {"use_cache": cache is not None, "logits_to_keep": length, **(cache or {})}
         with torch.autocast(ids.device.type, torch.bfloat16, self.args.dtype == "bfloat16"):
             out = self.lm(attention_mask=mask, **inputs)
-        return out.logits[:, -length:].float(), out.get(self.cache)
+        cache = {name: out[name] for name in ("cache", "past_key_values") if name in out}
+        return out.logits[:, -length:].float(), cache
 
     def log_probs(self, rows: list[tuple[list[int], list[int]]]) -> Tensor:
         """log π(y|x), float32 (rows,), of rows (x, y): the sum over the response's tokens."""
@@ -303,9 +300,9 @@ class Policy(nn.Module):
         (rows, N) in [0, 1) holds the randomness: token t is where the cumulative probability passes
         it, so no row depends on its batch. All processes end together."""
         ids, mask = (x.to(self.lm.device) for x in read.pad(share(prompts), left=True))
-        tokens, cache, ended = [], None, torch.zeros_like(ids[:, :1], dtype=torch.bool)
+        tokens, cache, ended = [], {}, torch.zeros_like(ids[:, :1], dtype=torch.bool)
         for u in torch.from_numpy(share(uniform)).to(ids.device).unbind(1):
-            logits, cache = self(ids, mask, 1, cache, keep=True)
+            logits, cache = self(ids, mask, 1, cache)
             cumulative = logits[:, -1].softmax(-1).double().cumsum(-1)
             ids = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)
             ids = ids.clamp(max=logits.shape[-1] - 1).masked_fill(ended, 0)
@@ -383,14 +380,10 @@ def shard(module: nn.Module) -> None:
 
 
 def whole(state):
-    """A state with whole tensors on the CPU in the place of shared out ones. Process 0 alone keeps
-    them, to write them; the others get None, but for single numbers such as a norm."""
-
-    def gathered(x: DTensor) -> Tensor | None:
-        x = x.full_tensor()
-        return x.cpu() if dist.get_rank() == 0 or x.ndim == 0 else None
-
-    return tree_map_only(DTensor, gathered, state)
+    """A state with whole tensors in the place of shared out ones: on the CPU of process 0, which
+    writes them, and without memory or numbers (meta) in the others."""
+    where = "cpu" if read.writes() else "meta"
+    return tree_map_only(DTensor, lambda x: x.full_tensor().to(where), state)
 
 
 def load_optimizer(optimizer, state: dict) -> None:

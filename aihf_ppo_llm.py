@@ -24,8 +24,6 @@ demonstrations; far below 0 the reward pays for what no demonstration has.
 """
 
 import copy
-import inspect
-import math
 import os
 import sys
 import time
@@ -273,10 +271,9 @@ def main() -> None:
             for part in read.parts(0, size, args.batch_size):
                 responses += policy.sample(asked[part], uniform[part])[-1]
             fresh = [demos[i][0] + y for i, y in zip(indices, responses)]
-            memory = [*memory, list(zip(indices, fresh))][-args.response_memory :]
-            remembered = [entry for of_policy in memory for entry in of_policy]
-            order = np.random.default_rng([args.seed, 4, k]).permutation(len(remembered))
-            contrasts = share([remembered[j] for j in order[:size]])
+            memory = [*memory, *zip(indices, fresh)][-args.response_memory * size :]
+            order = np.random.default_rng([args.seed, 4, k]).permutation(len(memory))
+            contrasts = share([memory[j] for j in order[:size]])
             sides = []  # texts: demonstrations, responses to their prompts; both sides of pairs
             if args.demo_weight:
                 sides += [demo_texts[i] for i, _ in contrasts], [text for _, text in contrasts]
@@ -312,12 +309,9 @@ def main() -> None:
         asked = [train_ids[i] for i in indices]
         rng = np.random.default_rng([args.seed, 6, step])
         uniform = rng.random((args.batch_size, args.response_length))
-
-        def learned_scores(responses: list[str]) -> Tensor:
-            return reward.score(share([train_prompts[i] + y for i, y in zip(indices, responses)]))
-
         ids, mask, alive, responses = policy.sample(asked, uniform)
-        length, scores = alive.shape[1], learned_scores(responses)
+        texts = [train_prompts[i] + response for i, response in zip(indices, responses)]
+        length, scores = alive.shape[1], reward.score(share(texts))
         old_log_probs = policy.score(ids, mask, alive)
         log_ratio = old_log_probs - reference.score(ids, mask, alive)
         has_eos = ((ids[:, -length:] == policy.texts.eos_id) * alive).any(-1).float()
@@ -330,7 +324,8 @@ def main() -> None:
             advantages = whiten(advantages, alive)
         else:
             *_, greedy = policy.sample(asked, uniform, temperature=1e-6)
-            advantages = remax_advantages(rewards, alive, learned_scores(greedy))
+            texts = [train_prompts[i] + response for i, response in zip(indices, greedy)]
+            advantages = remax_advantages(rewards, alive, reward.score(share(texts)))
 
         statistics = []  # of each minibatch: policy and value loss, approximate KL, share clipped
         size = args.minibatch_size // count if is_ppo else len(ids)
@@ -392,9 +387,9 @@ def main() -> None:
 # Every pass of a model goes through its forward, which FSDP2 watches. Dropout is off: models stay
 # in evaluation mode, as from_pretrained returns them.
 def load(kind: str, name: str, args: Args, new_head: bool = False, **kwargs):
-    """A float32 model of a transformers Auto class and its tokenizer; no remote code is run.
+    """A float32 AutoModelFor... of transformers and its tokenizer; no remote code is run.
     ValueError for a folder that lacks a tokenizer or weights (a new head's excepted)."""
-    auto, kwargs["trust_remote_code"] = getattr(transformers, kind), False
+    auto, kwargs["trust_remote_code"] = getattr(transformers, f"AutoModelFor{kind}"), False
     model, info = auto.from_pretrained(name, output_loading_info=True, **kwargs)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     body = model.base_model_prefix
@@ -412,33 +407,28 @@ def blocks(module: nn.Module) -> nn.ModuleList:
     return max((x for x in module.modules() if isinstance(x, nn.ModuleList)), key=len)
 
 
-def positions(mask: Tensor) -> Tensor:
-    """0 at each row's first token, wherever the padding is: (rows, tokens)."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
 class Policy(nn.Module):
     """π: a causal language model and, in texts, its tokenizer."""
 
     def __init__(self, name: str, args: Args):
         super().__init__()
-        self.lm, self.tokenizer = load("AutoModelForCausalLM", name, args)
+        self.lm, self.tokenizer = load("CausalLM", name, args)
         self.texts = read.Texts(self.tokenizer, args.max_prompt_length, args.response_length)
         self.args, self.vocabulary = args, self.tokenizer.get_vocab()
-        names = inspect.signature(self.lm.forward).parameters
-        self.cache = "cache" if "cache" in names else "past_key_values"  # before transformers 5
-        limit = getattr(self.lm.config, "max_position_embeddings", None) or math.inf
+        limit = getattr(self.lm.config, "max_position_embeddings", None) or 10**6
         if args.max_prompt_length + args.response_length > limit:
             raise ValueError(f"{name} reads {limit} tokens: too few for prompt and response")
 
-    def forward(self, ids: Tensor, mask: Tensor, length: int, cache=None, keep: bool = False):
+    def forward(self, ids: Tensor, mask: Tensor, length: int, cache: dict | None = None):
         """Logits of the last `length` positions, float32 (rows, length, vocabulary), and the cache,
-        of ids (rows, tokens) and of the mask (rows, ·) of these and of what is cached."""
-        inputs = {"input_ids": ids, "position_ids": positions(mask)[:, -ids.shape[1] :]}
-        inputs |= {self.cache: cache, "use_cache": keep, "logits_to_keep": length}
+        {} at first, of ids (rows, tokens) and the mask (rows, ·) of these and of what is cached."""
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # 0 at the first token, after the padding
+        inputs = {"input_ids": ids, "position_ids": positions[:, -ids.shape[1] :]}
+        inputs |= {"use_cache": cache is not None, "logits_to_keep": length, **(cache or {})}
         with torch.autocast(ids.device.type, torch.bfloat16, self.args.dtype == "bfloat16"):
             out = self.lm(attention_mask=mask, **inputs)
-        return out.logits[:, -length:].float(), out.get(self.cache)
+        cache = {name: out[name] for name in ("cache", "past_key_values") if name in out}
+        return out.logits[:, -length:].float(), cache
 
     def log_probs(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
         """log π(y_t | x, y_<t) of the last `length` tokens of ids, float32 (rows, length); ids and
@@ -464,24 +454,22 @@ class Policy(nn.Module):
         probability passes it, so no row depends on its batch. All processes end together.
         """
         ids, mask = (x.to(self.lm.device) for x in read.pad(share(prompts), left=True))
-        token, cache, attention, tokens, alive = ids, None, mask, [], []
+        token, cache, width = ids, {}, ids.shape[1]
         ended = torch.zeros_like(ids[:, :1], dtype=torch.bool)
         for u in torch.from_numpy(share(uniform)).to(ids.device).unbind(1):
-            logits, cache = self(token, attention, 1, cache, keep=True)
+            logits, cache = self(token, mask, 1, cache)
             logits = logits[:, -1] / (temperature or self.args.temperature)
             cumulative = logits.softmax(-1).double().cumsum(-1)
             token = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)
             token = token.clamp(max=logits.shape[-1] - 1).masked_fill(ended, 0)
-            tokens.append(token)
-            alive.append((~ended).long())
+            ids, mask = torch.cat([ids, token], 1), torch.cat([mask, (~ended).long()], 1)
             ended = ended | (token == self.texts.eos_id)
             if total((~ended).sum()) == 0:
                 break
-            attention = torch.cat([attention, torch.ones_like(token)], 1)
-        responses, alive = torch.cat(tokens, 1), torch.cat(alive, 1)
+        responses, alive = ids[:, width:], mask[:, width:]
         rows = zip(gather(responses).tolist(), gather(alive.sum(-1)).tolist())
         texts = self.texts.read(prompts, [row[:length] for row, length in rows])
-        return torch.cat([ids, responses], 1), torch.cat([mask, alive], 1), alive, texts
+        return ids, mask, alive, texts
 
 
 class Scorer(nn.Module):
@@ -494,8 +482,7 @@ class Scorer(nn.Module):
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         has_head = any("SequenceClassification" in kind for kind in config.architectures or ())
         kwargs = {} if has_head else {"new_head": True, "num_labels": 1}
-        kind = "AutoModelForSequenceClassification"
-        self.model, self.tokenizer = load(kind, name, args, **kwargs)
+        self.model, self.tokenizer = load("SequenceClassification", name, args, **kwargs)
         if trained and not has_head or self.model.config.num_labels > 2:
             raise ValueError(f"{name} has no trained head of one or two outputs: no reward model")
         self.args = replace(args, dtype="float32") if trained else args  # a judge is exact
@@ -513,7 +500,8 @@ class Scorer(nn.Module):
         """Scores (rows, tokens), float32, of ids and mask (rows, tokens)."""
         with torch.autocast(ids.device.type, torch.bfloat16, self.args.dtype == "bfloat16"):
             if self.is_decoder:
-                inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
+                positions = (mask.cumsum(-1) - 1).clamp(min=0)
+                inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
                 logits = self.model.score(self.model.base_model(**inputs, use_cache=False)[0])
             else:  # BERT and its like read the whole text at once
                 logits = self.model(input_ids=ids, attention_mask=mask).logits
@@ -544,7 +532,7 @@ class Scorer(nn.Module):
 def descend(module, optimizer, args: Args, step: int, run_dir: Path, loss: Tensor) -> None:
     """A step along gradients cut to max_grad_norm; the run stops where they are not finite."""
     norm = nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm)
-    read.check_finite(step, run_dir, loss=loss, gradient=whole(norm))
+    read.check_finite(step, run_dir, loss=loss, gradient=norm)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -605,14 +593,10 @@ def shard(module: nn.Module) -> None:
 
 
 def whole(state):
-    """A state with whole tensors on the CPU in the place of shared out ones. Process 0 alone keeps
-    them, to write them; the others get None, but for single numbers such as a norm."""
-
-    def gathered(x: DTensor) -> Tensor | None:
-        x = x.full_tensor()
-        return x.cpu() if dist.get_rank() == 0 or x.ndim == 0 else None
-
-    return tree_map_only(DTensor, gathered, state)
+    """A state with whole tensors in the place of shared out ones: on the CPU of process 0, which
+    writes them, and without memory or numbers (meta) in the others."""
+    where = "cpu" if read.writes() else "meta"
+    return tree_map_only(DTensor, lambda x: x.full_tensor().to(where), state)
 
 
 def load_optimizer(optimizer, state: dict) -> None:

@@ -21,7 +21,6 @@ the numbers marked "paper:" below:
 """
 
 import copy
-import inspect
 import math
 import os
 import sys
@@ -234,10 +233,9 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         all_obs = np.concatenate([tier.obs for tier in tiers.values()])
         reward = Reward(all_obs, act_dim, args.hidden, args.reward_range).to(device)
         widths = (obs_dim, act_dim, obs_dim, 1)  # a transition: s, a, s', whether it ended there
-        demo_steps = len(tiers["high"].obs) if args.demos_in_replay else 0
+        demo_steps = len(demos.obs) if args.demos_in_replay else 0  # kept before SAC's own
         replay = np.zeros((demo_steps + args.total_timesteps, sum(widths)), np.float32)
-        if demo_steps:  # demonstrated transitions, before SAC's own
-            replay[:demo_steps] = np.column_stack([*tiers["high"][:2], *tiers["high"][3:]])
+        replay[:demo_steps] = np.column_stack([*demos[:2], *demos[3:]])[:demo_steps]
         counts = ("charts/iteration", "charts/sac_steps", "charts/env_steps", "charts/wall_seconds")
         stage, log = 1, []  # log: rows of metrics.csv, of stage 1, of stage 2, one an iteration
 
@@ -940,9 +938,9 @@ def llm(args: LlmArgs, state: dict) -> None:
 # Every pass of a model goes through its forward, which FSDP2 watches. Dropout is off: models stay
 # in evaluation mode, as from_pretrained returns them.
 def load(kind: str, name: str, args: LlmArgs, new_head: bool = False, **kwargs):
-    """A float32 model of a transformers Auto class and its tokenizer; no remote code is run.
+    """A float32 AutoModelFor... of transformers and its tokenizer; no remote code is run.
     ValueError for a folder that lacks a tokenizer or weights (a new head's excepted)."""
-    auto, kwargs["trust_remote_code"] = getattr(transformers, kind), False
+    auto, kwargs["trust_remote_code"] = getattr(transformers, f"AutoModelFor{kind}"), False
     model, info = auto.from_pretrained(name, output_loading_info=True, **kwargs)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     body = model.base_model_prefix
@@ -960,33 +958,28 @@ def blocks(module: nn.Module) -> nn.ModuleList:
     return max((x for x in module.modules() if isinstance(x, nn.ModuleList)), key=len)
 
 
-def positions(mask: Tensor) -> Tensor:
-    """0 at each row's first token, wherever the padding is: (rows, tokens)."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
 class Policy(nn.Module):
     """π: a causal language model and, in texts, its tokenizer."""
 
     def __init__(self, name: str, args: LlmArgs):
         super().__init__()
-        self.lm, self.tokenizer = load("AutoModelForCausalLM", name, args)
+        self.lm, self.tokenizer = load("CausalLM", name, args)
         self.texts = read.Texts(self.tokenizer, args.max_prompt_length, args.response_length)
         self.args, self.vocabulary = args, self.tokenizer.get_vocab()
-        names = inspect.signature(self.lm.forward).parameters
-        self.cache = "cache" if "cache" in names else "past_key_values"  # before transformers 5
-        limit = getattr(self.lm.config, "max_position_embeddings", None) or math.inf
+        limit = getattr(self.lm.config, "max_position_embeddings", None) or 10**6
         if args.max_prompt_length + args.response_length > limit:
             raise ValueError(f"{name} reads {limit} tokens: too few for prompt and response")
 
-    def forward(self, ids: Tensor, mask: Tensor, length: int, cache=None, keep: bool = False):
+    def forward(self, ids: Tensor, mask: Tensor, length: int, cache: dict | None = None):
         """Logits of the last `length` positions, float32 (rows, length, vocabulary), and the cache,
-        of ids (rows, tokens) and of the mask (rows, ·) of these and of what is cached."""
-        inputs = {"input_ids": ids, "position_ids": positions(mask)[:, -ids.shape[1] :]}
-        inputs |= {self.cache: cache, "use_cache": keep, "logits_to_keep": length}
+        {} at first, of ids (rows, tokens) and the mask (rows, ·) of these and of what is cached."""
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # 0 at the first token, after the padding
+        inputs = {"input_ids": ids, "position_ids": positions[:, -ids.shape[1] :]}
+        inputs |= {"use_cache": cache is not None, "logits_to_keep": length, **(cache or {})}
         with torch.autocast(ids.device.type, torch.bfloat16, self.args.dtype == "bfloat16"):
             out = self.lm(attention_mask=mask, **inputs)
-        return out.logits[:, -length:].float(), out.get(self.cache)
+        cache = {name: out[name] for name in ("cache", "past_key_values") if name in out}
+        return out.logits[:, -length:].float(), cache
 
     def log_probs(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
         """log π(y_t | x, y_<t) of the last `length` tokens of ids, float32 (rows, length); ids and
@@ -1010,24 +1003,22 @@ class Policy(nn.Module):
         probability passes it, so no row depends on its batch. All processes end together.
         """
         ids, mask = (x.to(self.lm.device) for x in read.pad(share(prompts), left=True))
-        token, cache, attention, tokens, alive = ids, None, mask, [], []
+        token, cache, width = ids, {}, ids.shape[1]
         ended = torch.zeros_like(ids[:, :1], dtype=torch.bool)
         for u in torch.from_numpy(share(uniform)).to(ids.device).unbind(1):
-            logits, cache = self(token, attention, 1, cache, keep=True)
+            logits, cache = self(token, mask, 1, cache)
             logits = logits[:, -1] / self.args.temperature
             cumulative = logits.softmax(-1).double().cumsum(-1)
             token = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)
             token = token.clamp(max=logits.shape[-1] - 1).masked_fill(ended, 0)
-            tokens.append(token)
-            alive.append((~ended).long())
+            ids, mask = torch.cat([ids, token], 1), torch.cat([mask, (~ended).long()], 1)
             ended = ended | (token == self.texts.eos_id)
             if total((~ended).sum()) == 0:
                 break
-            attention = torch.cat([attention, torch.ones_like(token)], 1)
-        responses, alive = torch.cat(tokens, 1), torch.cat(alive, 1)
+        responses, alive = ids[:, width:], mask[:, width:]
         rows = zip(gather(responses).tolist(), gather(alive.sum(-1)).tolist())
         texts = self.texts.read(prompts, [row[:length] for row, length in rows])
-        return torch.cat([ids, responses], 1), torch.cat([mask, alive], 1), alive, texts
+        return ids, mask, alive, texts
 
 
 class Scorer(nn.Module):
@@ -1040,8 +1031,7 @@ class Scorer(nn.Module):
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         has_head = any("SequenceClassification" in kind for kind in config.architectures or ())
         kwargs = {} if has_head else {"new_head": True, "num_labels": 1}
-        kind = "AutoModelForSequenceClassification"
-        self.model, self.tokenizer = load(kind, name, args, **kwargs)
+        self.model, self.tokenizer = load("SequenceClassification", name, args, **kwargs)
         if trained and not has_head or self.model.config.num_labels > 2:
             raise ValueError(f"{name} has no trained head of one or two outputs: no reward model")
         self.args = replace(args, dtype="float32") if trained else args  # a judge is exact
@@ -1059,7 +1049,8 @@ class Scorer(nn.Module):
         """Scores (rows, tokens), float32, of ids and mask (rows, tokens)."""
         with torch.autocast(ids.device.type, torch.bfloat16, self.args.dtype == "bfloat16"):
             if self.is_decoder:
-                inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
+                positions = (mask.cumsum(-1) - 1).clamp(min=0)
+                inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
                 logits = self.model.score(self.model.base_model(**inputs, use_cache=False)[0])
             else:  # BERT and its like read the whole text at once
                 logits = self.model(input_ids=ids, attention_mask=mask).logits
@@ -1090,7 +1081,7 @@ class Scorer(nn.Module):
 def descend(module, optimizer, args: LlmArgs, step: int, run_dir: Path, loss: Tensor) -> None:
     """A step along gradients cut to max_grad_norm; the run stops where they are not finite."""
     norm = nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm)
-    read.check_finite(step, run_dir, loss=loss, gradient=whole(norm))
+    read.check_finite(step, run_dir, loss=loss, gradient=norm)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -1151,14 +1142,10 @@ def shard(module: nn.Module) -> None:
 
 
 def whole(state):
-    """A state with whole tensors on the CPU in the place of shared out ones. Process 0 alone keeps
-    them, to write them; the others get None, but for single numbers such as a norm."""
-
-    def gathered(x: DTensor) -> Tensor | None:
-        x = x.full_tensor()
-        return x.cpu() if dist.get_rank() == 0 or x.ndim == 0 else None
-
-    return tree_map_only(DTensor, gathered, state)
+    """A state with whole tensors in the place of shared out ones: on the CPU of process 0, which
+    writes them, and without memory or numbers (meta) in the others."""
+    where = "cpu" if read.writes() else "meta"
+    return tree_map_only(DTensor, lambda x: x.full_tensor().to(where), state)
 
 
 def load_optimizer(optimizer, state: dict) -> None:

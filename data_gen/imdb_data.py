@@ -136,11 +136,11 @@ def check_rows(values: list, source: str) -> list:
 
 def labelled(data: str, split: str, tokenizer: Tokenizer) -> tuple[list[np.ndarray], np.ndarray]:
     """Token ids and labels (1 positive, 0 negative) of the labelled reviews of a split."""
-    rows = read.dicts(data, ("text",), split=split)
-    ids = encode(tokenizer, [clean(row["text"]) for row in rows], f"1/3 {split} tokens")
+    rows = read.rows(data, ("text",), split=split, unchecked=("label",))
+    ids = encode(tokenizer, [clean(text) for text, _ in rows], f"1/3 {split} tokens")
     check_rows(ids, f"{split} of {data}")
-    kept = [i for i, row in enumerate(rows) if row.get("label") in (0, 1)]
-    labels = np.array([rows[i]["label"] for i in kept])
+    kept = [i for i, (_, label) in enumerate(rows) if label in (0, 1)]
+    labels = np.array([rows[i][1] for i in kept])
     if len(set(labels.tolist())) < 2:
         raise ValueError(f"{split} of {data} needs reviews with label 0 and with label 1")
     return [ids[i] for i in kept], labels
@@ -190,7 +190,9 @@ def inputs(model, rows, around: tuple[list[int], list[int]] = ([], [])) -> dict[
 
 def longest(model, around: tuple[list[int], list[int]]) -> int:
     """How many tokens of a text the model can read."""
-    return model.config.max_position_embeddings - sum(map(len, around))
+    embeddings = getattr(model.base_model, "embeddings", None)
+    unused = getattr(embeddings, "padding_idx", -1) + 1  # RoBERTa's positions begin after it
+    return model.config.max_position_embeddings - unused - sum(map(len, around))
 
 
 # -------------------------------------------------------------------------------------- training
@@ -297,7 +299,9 @@ def write_model(model, tokenizer, output_dir: Path, manifest: dict) -> None:
     tokenizer.save_pretrained(work)
     model.cpu().half().save_pretrained(work)
     changes = {"config.json": {"dtype": "float32", "torch_dtype": "float32"}}  # its new, old name
-    changes["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    fast = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    fast["model_input_names"] = ["input_ids", "attention_mask"]  # transformers 4 adds others
+    changes["tokenizer_config.json"] = fast
     for name, change in changes.items():
         config = json.loads((work / name).read_text()) | change
         (work / name).write_text(json.dumps(config, indent=2) + "\n")
@@ -399,15 +403,16 @@ def pretrain(args: Pretrain, device: torch.device, output_dir: Path, work_dir: P
 # --------------------------------------------------------------------------------- 2. classifier
 @torch.no_grad()
 def scores(model, reviews: list[np.ndarray], length: int, around) -> np.ndarray:
-    """Raw positive minus negative logit of each review's first `length` tokens, with the special
-    tokens `around` them: (reviews,)."""
+    """Raw positive minus negative logit, or the only one, of each review's first `length` tokens,
+    with the special tokens `around` them: (reviews,)."""
     lengths = [min(len(review), length) for review in reviews]
     order = sorted(range(len(reviews)), key=lengths.__getitem__)  # little padding
     out = np.zeros(len(reviews))
     for start in tqdm(range(0, len(order), 64), desc=f"scores of {length} tokens", unit="batch"):
         rows = order[start : start + 64]
         logits = model(**inputs(model, [reviews[i][:length] for i in rows], around)).logits.float()
-        out[rows] = (logits[:, 1] - logits[:, 0]).cpu().numpy()
+        other = logits[:, 0] if logits.shape[1] == 2 else 0.0
+        out[rows] = (logits[:, -1] - other).cpu().numpy()
     return out
 
 
@@ -502,21 +507,24 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 
 @torch.no_grad()
 def continuations(model, fast, prompts: list[str], length: int, seed: list[int]) -> list[str]:
-    """What the model writes after each prompt, or as a review after "", up to `length` tokens."""
+    """What the model writes at temperature 1 after each prompt, or as a review after "", up to
+    `length` tokens."""
     seed_torch(*seed)
-    batch = fast(prompts, return_tensors="pt", padding=True) if any(prompts) else {}
-    ids = batch.get("input_ids", torch.full((len(prompts), 1), fast.bos_token_id)).to(model.device)
-    mask = batch.get("attention_mask", torch.ones_like(ids)).to(model.device)
+    texts = read.Texts(fast, 10**6, length)
+    rows = texts.prompts(prompts, "") if any(prompts) else [[fast.bos_token_id]] * len(prompts)
+    ids, mask = (x.to(model.device) for x in read.pad(rows, left=True))
+    ends = {"eos_token_id": fast.eos_token_id, "pad_token_id": fast.pad_token_id}
     sampling = {"do_sample": True, "top_k": 0, "max_new_tokens": length}
-    written = model.generate(ids, attention_mask=mask, **sampling)
-    return fast.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+    model.generation_config = transformers.GenerationConfig(**sampling, **ends)
+    written = model.generate(ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
+    return texts.read(rows, written)
 
 
 def write_prompts(model, fast, args: Tiers) -> list[str]:
     """Openings of reviews of args.data or, without, as the model writes them: all different, each a
     text that encodes to as many tokens. ValueError if there are too few."""
     prompts: dict[str, None] = {}
-    rng = np.random.default_rng(args.seed)
+    rng, plain = np.random.default_rng(args.seed), {"add_special_tokens": False}
     (low, high), most = args.prompt_tokens, 10 + args.prompts // 20
     if args.data:
         reviews = [clean(text) for (text,) in read.rows(args.data, ("text",))]
@@ -529,9 +537,9 @@ def write_prompts(model, fast, args: Tiers) -> list[str]:
         else:
             texts = continuations(model, fast, [""] * 256, high, [args.seed, 0, batch])
         for text in texts:
-            ids = fast(text)["input_ids"][: rng.integers(low, high + 1)]
+            ids = fast(text, **plain)["input_ids"][: rng.integers(low, high + 1)]
             prompt = fast.decode(ids)
-            if len(ids) >= low and fast(prompt)["input_ids"] == ids:
+            if len(ids) >= low and fast(prompt, **plain)["input_ids"] == ids:
                 prompts[prompt] = None
     if len(prompts) < args.prompts:
         found = f"{args.data or args.model} has only {len(prompts)} different openings"
@@ -548,7 +556,7 @@ def train_policies(args: Tiers, work_dir: Path, prompts: int) -> dict[int, Path]
         --response-length {args.response_length} --batch-size {args.batch_size}
         --minibatch-size {args.batch_size // 2} --ppo-epochs 2 --no-anneal
         --learning-rate {args.learning_rate} --value-learning-rate {args.value_learning_rate}
-        --kl-coefficient {args.kl_coefficient}
+        --kl-coefficient {args.kl_coefficient} --max-prompt-length {args.prompt_tokens[1] + 1}
         --checkpoint-every 10 --eval-every 10
         --eval-prompts {max(1, min(128, prompts // 2))} --threads {args.threads}
         --runs-dir {work} --run-name ppo"""
@@ -572,14 +580,19 @@ def tiers(args: Tiers, device: torch.device, output_dir: Path, work_dir: Path) -
     with read.input_errors():
         model, fast = load(AutoModelForCausalLM, args.model)
         truth, truth_fast = load(AutoModelForSequenceClassification, args.classifier)
-        fast.padding_side = "left"
-        folders = {"output_dir": "", "work_dir": "", "threads": ""}
-        recipe, path = json.dumps(asdict(args) | folders), work_dir / "recipe.json"
-        if path.exists() and path.read_text() != recipe:
-            raise ValueError(f"{work_dir} belongs to a run with other arguments; see --work-dir")
-        read.write_whole(path, lambda path: path.write_text(recipe))
+        if truth.config.num_labels > 2:
+            raise ValueError(f"{args.classifier} has more than two outputs")
+        if not args.data and fast.bos_token_id is None:
+            raise ValueError(f"{args.model} has no token to begin a review with: give --data")
         truth.to(device).eval()
         prompts = write_prompts(model.to(device).eval(), fast, args)
+        weights = [x.detach().cpu().numpy() for m in (model, truth) for x in m.parameters()]
+        recipe = {"output_dir": "", "work_dir": "", "threads": ""}
+        recipe["inputs"] = read.fingerprint(prompts, *weights)
+        recipe, path = json.dumps(asdict(args) | recipe), work_dir / "recipe.json"
+        if path.exists() and path.read_text() != recipe:
+            raise ValueError(f"{work_dir} is of other arguments or models; see --work-dir")
+        read.write_whole(path, lambda path: path.write_text(recipe))
     ends = [len(prompts) * 3 // 10, len(prompts) * 7 // 10]
     write_lines(work_dir / "ppo_prompts.jsonl", [{"prompt": p} for p in prompts[: ends[0]]])
     policies = train_policies(args, work_dir, ends[0])  # 2/4

@@ -299,14 +299,10 @@ def _segment(row: dict, side: str, tiers: dict[str, Episodes], least: int) -> tu
 
 
 # -------------------------------------------------------------------------------------- texts
-def rows(name: str, columns: tuple[str, ...], count: int = 0, split: str = "train"):
-    """The text under these columns, as tuples, of the first `count` rows (0: of all), from a file
-    .jsonl(.gz), from {split}.jsonl(.gz) in a folder, or from a data set of the hub."""
-    return [tuple(row[key] for key in columns) for row in dicts(name, columns, count, split)]
-
-
-def dicts(name: str, columns: tuple[str, ...], count: int = 0, split: str = "train"):
-    """The same with whatever else the rows hold."""
+def rows(name: str, columns: tuple, count: int = 0, split: str = "train", unchecked: tuple = ()):
+    """The text under these columns, and what is under unchecked ones, as tuples, of the first
+    `count` rows (0: of all), from a file .jsonl(.gz), from {split}.jsonl(.gz) in a folder, or from
+    a data set of the hub."""
     path = Path(name)  # rather than a hub id, which is `name` or `owner/name`
     is_local = path.exists() or name[:1] in "./~" or name.count("/") > 1 or ".json" in name
     if path.is_dir():
@@ -335,7 +331,7 @@ def dicts(name: str, columns: tuple[str, ...], count: int = 0, split: str = "tra
             raise ValueError(f"{path} row {number} needs text under {', '.join(columns)}")
         if re.search("[\ud800-\udfff]", "".join(texts)):
             raise ValueError(f"{path} row {number} holds half a character (a lone surrogate)")
-    return rows[: count or None]
+    return [tuple(map(row.get, (*columns, *unchecked))) for row in rows[: count or None]]
 
 
 def special_tokens(tokenizer) -> tuple[list[int], list[int]]:

@@ -958,7 +958,7 @@ def test_aihf_is_algorithm_1(tmp_path, world, changes):
         folder = run(ppo, tmp_path, world, flags | not_read(flags), switch)
         nets, memory, log = reference_aihf(world, flags, anneal)
     state = load(folder)
-    assert [[*map(tuple, entries)] for entries in state["memory"]] == memory
+    assert [*map(tuple, state["memory"])] == [entry for entries in memory for entry in entries]
     assert_same_log(state["log"], log)
     assert_same_networks(state, nets, "policy", "value", "reward")
     if not changes:  # the settings are such that all of this matters

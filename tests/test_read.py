@@ -200,7 +200,8 @@ def test_rows_are_read(tmp_path, form):
     name = str(tmp_path if form == "folder" else path)
     assert read.rows(name, ("response", "prompt")) == [(r["response"], r["prompt"]) for r in ROWS]
     assert read.rows(name, ("prompt",), count=1) == [(ROWS[0]["prompt"],)]
-    assert read.dicts(name, ("prompt",)) == ROWS
+    also = read.rows(name, ("prompt",), unchecked=("response", "nowhere"))
+    assert also == [(r["prompt"], r["response"], None) for r in ROWS]
 
 
 BAD_ROWS = {  # the bytes of a file, and what the message has to say
