@@ -427,8 +427,8 @@ class Policy(nn.Module):
         inputs |= {"use_cache": cache is not None, "logits_to_keep": length, **(cache or {})}
         with torch.autocast(ids.device.type, torch.bfloat16, self.args.dtype == "bfloat16"):
             out = self.lm(attention_mask=mask, **inputs)
-        cache = {name: out[name] for name in ("cache", "past_key_values") if name in out}
-        return out.logits[:, -length:].float(), cache
+        name = "cache" if "cache" in out else "past_key_values"  # before transformers 5
+        return out.logits[:, -length:].float(), {name: out.get(name)}
 
     def log_probs(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
         """log π(y_t | x, y_<t) of the last `length` tokens of ids, float32 (rows, length); ids and

@@ -90,9 +90,9 @@ def collect(runs: Path, name: str = "llm") -> tuple[list[dict], list[dict]]:
             for row in table
         ]
         # SFT does not read the preferences: the run with 1,000 has it
-        sft = samples(runs / f"{name}__rlhf__{demonstrations}__1000__{seed}/samples_sft.jsonl")
+        sft = runs / f"{name}__rlhf__{demonstrations}__1000__{seed}/samples_sft.jsonl"
         own = samples(folder / "samples.jsonl")
-        table[-1]["win_rate"] = str(win_rate(own, sft))
+        table[-1]["win_rate"] = str(win_rate(own, samples(sft))) if sft.exists() else ""
         if method == "rlhf":
             table.append(table[0] | {"method": "sft", "win_rate": "0.5"})
         size = demonstrations, preferences
@@ -199,11 +199,13 @@ def draw_all(rows: list[dict], scores: list[dict], begin: str) -> None:
     truth, of_size = "ground-truth score", "{} demonstrations, {} preferences".format
     figure, axes = panels(4)
     labels = ["PPO steps", "responses sampled by PPO", "seconds, all stages", "DPO steps"]
-    sft = runs_of(rows, "6", "sft", ("1000", "1000"))["1"]["gt_score"][0]
+    sft = runs_of(rows, "6", "sft", ("1000", "1000"))
     for axis, x in zip(axes, ("policy_steps", "episodes", "seconds", "policy_steps")):
         for method in ("aihf-dpo", "dpo") if axis is axes[3] else ("aihf-ppo", "rlhf"):
             draw_curves(axis, rows, "6", method, ("1000", "1000"), x)
-        axis.axhline(sft, color="tab:green", linewidth=1, label="SFT, seed 1")
+        for seed, run in [*sft.items()][:1]:
+            label = f"SFT, seed {seed}"
+            axis.axhline(run["gt_score"][0], color="tab:green", linewidth=1, label=label)
     finish(figure, "figure6.png", labels, [truth] * 4)
 
     if (
@@ -223,17 +225,17 @@ def draw_all(rows: list[dict], scores: list[dict], begin: str) -> None:
 
     there = {tuple(row[key] for key in KEYS[:4]) for row in rows}
     sizes = [size for size in FIGURES["9"] if ("9", "rlhf", *size) in there]
-    figure, axes = panels(len(sizes), sharey=True)
+    figure, axes = panels(max(1, len(sizes)), sharey=True)
     for axis, size in zip(axes, sizes):
         for method in METHODS["9"]:
-            for seed, run in runs_of(rows, "9", method, size).items():
-                style = {"color": COLORS[method], "label": method if seed == "1" else None}
+            for i, run in enumerate(runs_of(rows, "9", method, size).values()):
+                style = {"color": COLORS[method], "label": None if i else method}
                 axis.plot(run["kl"], run["gt_score"], "o-", alpha=0.7, markersize=3, **style)
     titles, labels = [of_size(*size) for size in sizes], ["KL to the base model, nats"] * len(sizes)
     finish(figure, "figure9.png", labels, [truth] * len(sizes), titles)
 
     sizes = [size for size in FIGURES["10"] if ("10", "dpo", *size) in there]
-    figure, axes = panels(len(sizes), sharey=True)
+    figure, axes = panels(max(1, len(sizes)), sharey=True)
     for axis, size in zip(axes, sizes):
         for method in METHODS["10"]:
             draw_curves(axis, rows, "10", method, size, "policy_steps")
@@ -291,14 +293,15 @@ if __name__ == "__main__":
             print(stability(rows, figure, "aihf-ppo", size, data))
     demonstrations = read.rows(str(data / "demonstrations.jsonl"), ("completion",), 256)
     texts = {"demonstrations": [[completion for (completion,) in demonstrations]]}
-    for method in METHODS["6"][:4]:
+    for method in dict.fromkeys(row["method"] for row in scores if row["method"] != "random"):
         of = [(row["seed"], row["response"]) for row in scores if row["method"] == method]
         texts[method] = [[text for n, text in of if n == seed] for seed in sorted(dict(of))]
     for source, groups in texts.items():
         share = plus_minus([distinct(group) for group in groups])
         print(f"different word pairs among those of {len(groups[0])} responses, {source}: {share}")
     for method in METHODS["9"]:
-        runs = runs_of(rows, "6", method, ("1000", "1000")).values()
+        if not (runs := runs_of(rows, "6", method, ("1000", "1000")).values()):
+            continue
         start, end = (plus_minus([run["correlation"][k] for run in runs]) for k in (0, -1))
         print(f"rank correlation of learned and true score, {method}: start {start}, end {end}")
     draw_all(rows, scores, "" if name == "llm" else f"{name}_")

@@ -68,13 +68,16 @@ def by_steps(row: dict) -> float:
 
 
 def collect(runs: Path) -> list[dict]:
-    """One row for each evaluation of each run named main_job__<env>__<seed>; gap is a share of the
-    width of the reward's range."""
+    """One row for each evaluation of each finished run named main_job__<env>__<seed>; gap is a
+    share of the width of the reward's range."""
     rows = []
     for path in sorted(runs.glob("main_job__*/metrics.csv")):
         _, env, seed = path.parent.name.split("__")
-        low, high = json.loads((path.parent / "args.json").read_text())["reward_range"]
-        for row in evaluations(path.parent):
+        args, found = json.loads((path.parent / "args.json").read_text()), evaluations(path.parent)
+        if not found or float(found[-1]["charts/sac_steps"]) < args["total_timesteps"]:
+            continue
+        low, high = args["reward_range"]
+        for row in found:
             numbers = {name: row[metric] for name, metric in (METRICS | FIT).items()}
             numbers["gap"] = f"{float(numbers['gap']) / (high - low):.6g}"
             rows.append({"env": env, "method": "aihf", "seed": seed, **numbers})

@@ -157,8 +157,13 @@ def test_rows_of_the_same_run_are_replaced(tmp_path):
 def test_a_robots_run_becomes_a_row_an_evaluation(runs):
     import main_job
 
-    shutil.move(runs["robot"], runs["robot"].with_name("main_job__Hopper-v4__2"))
-    rows = main_job.collect(runs["robot"].parent)
+    folder = shutil.move(runs["robot"], runs["robot"].with_name("main_job__Hopper-v4__2"))
+    args = json.loads((folder / "args.json").read_text())
+    rows = []
+    for last in (10_001, 10_000):  # the former is not finished
+        assert not rows
+        (folder / "args.json").write_text(json.dumps(args | {"total_timesteps": last}))
+        rows = main_job.collect(runs["robot"].parent)
     columns = ("sac_steps", "return_mean", "preference_accuracy", "preference_loss", "gap")
     actual = [tuple(row[column] for column in columns) for row in rows]
     assert actual == [

@@ -190,7 +190,8 @@ def test_results_are_those_of_the_committed_runs():
     aihf: dict[str, dict[str, float]] = {}
     with open(ROOT / "benchmark/results/main_job.csv", newline="") as file:
         for row in csv.DictReader(file):
-            aihf.setdefault(row["env"], {})[row["seed"]] = float(row["return_mean"])
+            if row["seed"] in "123":
+                aihf.setdefault(row["env"], {})[row["seed"]] = float(row["return_mean"])
     for name in ("figure3_runs_earlier.csv", "figure3_runs.csv"):
         found: dict[tuple, list[float]] = {}
         with open(ROOT / "benchmark/results" / name, newline="") as file:
