@@ -415,9 +415,12 @@ def evaluate(models, held_out, start, args: Args, run_dir: Path, step: int) -> d
         logits = gather(torch.cat([model(one.to(model.device)).logits for one in ids])).cpu()
         truth = logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits[:, 0]
         scores["gt_score"] = truth
-        before = start.setdefault("gt_score", truth)
         row["eval/gt_score_std"] = truth.std().item()
-        row["eval/win_rate"] = ((truth > before).float() + 0.5 * (truth == before)).mean().item()
+        if step == 0:
+            start[args.ground_truth_path] = truth
+        if (before := start.get(args.ground_truth_path)) is not None:  # of the same judge
+            wins = (truth > before).float() + 0.5 * (truth == before)
+            row["eval/win_rate"] = wins.mean().item()
         if step:  # r = β log π/π⁰ is 0 at the start; β does not change ranks
             ranks = torch.stack([scores["kl"], truth]).argsort().argsort().double()
             row["eval/reward_correlation"] = torch.corrcoef(ranks)[0, 1].item()  # Spearman's
@@ -433,6 +436,7 @@ def summary(row: dict[str, float]) -> str:
     text = f"KL {row['eval/kl']:.2f}"
     if "eval/gt_score" in row:
         text = f"ground truth {row['eval/gt_score']:.2f}, {text}"
+    if "eval/win_rate" in row:
         text += f", win rate over the start {row['eval/win_rate']:.0%}"
     return text
 

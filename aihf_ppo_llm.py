@@ -624,9 +624,12 @@ def evaluate(models, held_out, start, args: Args, run_dir: Path, step: int) -> d
     row = {f"eval/{name}": x.mean().item() for name, x in scores.items()}
     if judge:
         scores["gt_score"] = truth = gather(judge.score(texts)).cpu()
-        before = start.setdefault("gt_score", truth)
         row |= {"eval/gt_score": truth.mean().item(), "eval/gt_score_std": truth.std().item()}
-        row["eval/win_rate"] = ((truth > before).float() + 0.5 * (truth == before)).mean().item()
+        if step == 0:
+            start[args.ground_truth_path] = truth
+        if (before := start.get(args.ground_truth_path)) is not None:  # of the same judge
+            wins = (truth > before).float() + 0.5 * (truth == before)
+            row["eval/win_rate"] = wins.mean().item()
         ranks = torch.stack([scores["learned_score"], truth]).argsort().argsort().double()
         row["eval/reward_correlation"] = torch.corrcoef(ranks)[0, 1].item()  # Spearman's
     columns = {"prompt": prompts, "response": responses}
@@ -640,6 +643,7 @@ def summary(row: dict[str, float]) -> str:
     text = f"KL {row['eval/kl']:.2f}, learned score {row['eval/learned_score']:.2f}"
     if "eval/gt_score" in row:
         text = f"ground truth {row['eval/gt_score']:.2f}, {text}"
+    if "eval/win_rate" in row:
         text += f", win rate over the start {row['eval/win_rate']:.0%}"
     return text
 

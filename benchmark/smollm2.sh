@@ -16,7 +16,7 @@ data=${DATA:-stanfordnlp/imdb}
     --steps 800 --learning-rate 1e-4 --output-dir runs/smollm2_judge --work-dir runs/smollm2_judge_work
 [ -e runs/smollm2_data/manifest.json ] ||
   python data_gen/imdb_data.py tiers --data "$data" --model runs/smollm2 --classifier runs/smollm2_judge --prompts 3000 \
-    --ppo-steps 10 30 --batch-size 32 --learning-rate 5e-5 --value-learning-rate 1e-4 \
+    --ppo-steps 8 24 --batch-size 32 --learning-rate 5e-5 --value-learning-rate 1e-4 \
     --output-dir runs/smollm2_data --work-dir runs/smollm2_data_work
 
 run() { # method seed
@@ -29,10 +29,10 @@ run() { # method seed
   if [ ! -e "runs/$name/checkpoint.pt" ]; then
     given=(--seed "$2" --run-name "$name" --model-name-or-path runs/smollm2 --ground-truth-path runs/smollm2_judge)
     for rows in demonstrations preferences prompts; do given+=("--$rows" "runs/smollm2_data/$rows.jsonl"); done
-    given+=(--eval-prompts 128 --eval-every 10)
+    given+=(--eval-prompts 128)
     case $1 in
-      *dpo) given+=(--dpo-steps 60 --batch-size 16 --learning-rate 2e-5) ;;
-      *) given+=(--reward-model-path runs/minilm --reward-learning-rate 5e-5 --ppo-steps 30 --batch-size 32)
+      *dpo) given+=(--dpo-steps 60 --eval-every 20 --batch-size 16 --learning-rate 2e-5) ;;
+      *) given+=(--reward-model-path runs/minilm --reward-learning-rate 5e-5 --ppo-steps 24 --eval-every 8 --batch-size 32)
          given+=(--minibatch-size 16 --learning-rate 5e-5 --value-learning-rate 1e-4) ;;
     esac
     [ "$1" = rlhf ] && given+=(--sft-epochs 1 --sft-learning-rate 5e-5)

@@ -136,9 +136,10 @@ def score(dialogues, tokenizer, model, args: Args, recipe: list, scores: torch.T
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # little memory shows at once
     batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
     cut = {"truncation": True, "max_length": most_tokens(model, args.max_length)}
+    cut |= {"padding": True, "return_tensors": "pt", "return_token_type_ids": False}
     for number, rows in enumerate(tqdm(batches, desc="scores", unit="batch"), 1):
         if scores[rows].isnan().any():
-            inputs = tokenizer([texts[i] for i in rows], return_tensors="pt", padding=True, **cut)
+            inputs = tokenizer([texts[i] for i in rows], **cut)
             logits = model(**inputs.to(model.device)).logits.double().cpu()
             scores[rows] = logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0)
             read.check_finite(number, Path(args.output_dir), scores=scores[rows])

@@ -57,7 +57,7 @@ def smollm2(package: Path):
 def minilm(package: Path):
     """The encoder, without a head, and its tokenizer."""
     folder = package / "model"
-    model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32)
+    model = transformers.AutoModel.from_pretrained(folder).float()
     return model, transformers.AutoTokenizer.from_pretrained(folder)
 
 

@@ -32,9 +32,9 @@ PAGES = [README, ROOT / "benchmark/README.md", ROOT / "data_gen/README.md"]
 NOTES = sorted((ROOT / "benchmark/tuning").glob("*.md"))
 BUDGETS = {  # lines, at most
     "aihf_sac_mujoco.py": 524,
-    "aihf_ppo_llm.py": 676,
-    "aihf_dpo_llm.py": 464,
-    "rlhf_baseline.py": 1228,
+    "aihf_ppo_llm.py": 680,
+    "aihf_dpo_llm.py": 468,
+    "rlhf_baseline.py": 1232,
     "data_gen/read.py": 412,
     "benchmark/plot.py": 90,
 }
