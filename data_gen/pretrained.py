@@ -17,7 +17,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-import torch
 import transformers
 import tyro
 

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -232,6 +233,8 @@ def test_an_encoder_can_be_the_judge(tmp_path, data):
     network = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     around = read.special_tokens(tokenizer)
     assert around == ([2], [3]) and imdb_data.longest(network, around) == 20
+    roberta = transformers.RobertaModel(transformers.RobertaConfig(**sizes, pad_token_id=1))
+    assert imdb_data.longest(roberta, around) == 18  # its first two positions are never used
     texts = ["great film great plot", "awful role"]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     logits = [network(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts]
@@ -371,6 +374,24 @@ def test_tiers(tmp_path, monkeypatch, model, judge):
     assert len(ppo.calls) == 3
     result = execute("tiers", tmp_path / "b", **flags, seed=2)
     helpers.assert_one_line_error(result, "other arguments")
+    other = shutil.copytree(judge, tmp_path / "other")
+    for begin in (lambda: None, lambda: network.score.weight.data.neg_()):  # another judge, no PPO
+        begin()
+        network.save_pretrained(other)
+        (tmp_path / "c").mkdir(exist_ok=True)
+        result = execute("tiers", tmp_path / "c", model=model, classifier=other)
+    helpers.assert_one_line_error(result, "other arguments or models")
+
+
+def test_what_is_sampled_does_not_depend_on_a_models_own_settings(model):
+    """Temperature 1 whatever generation_config.json says; a response begins with its blank."""
+    network = transformers.AutoModelForCausalLM.from_pretrained(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    prompts = ["the film was", "a plot and"] * 4
+    plain = imdb_data.continuations(network, tokenizer, prompts, 6, [1])
+    network.generation_config.temperature, network.generation_config.top_p = 0.01, 0.1
+    assert imdb_data.continuations(network, tokenizer, prompts, 6, [1]) == plain
+    assert len(set(plain)) > 2
 
 
 def test_prompts_of_real_reviews(tmp_path, monkeypatch, data, model, judge):

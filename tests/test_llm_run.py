@@ -282,6 +282,16 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {name: raw for name, raw in files(folder).items() if name.endswith(".safetensors")}
 
 
+def test_wins_are_counted_by_one_judge(tmp_path, script, world, finished):
+    """Not where the start was never judged, nor where another judged it."""
+    other = shutil.copytree(world / "roberta", tmp_path / "other")
+    for judge, count in ((world / "roberta", 1), (other, 0)):
+        flags = ["--evaluate", finished, "--ground-truth-path", judge]
+        code, out, err = run_script(script.module, [*script.command, *flags], tmp_path)
+        assert code == 0 and out.count("ground truth") == 1, (out, err)
+        assert out.count("win rate over the start") == count
+
+
 def test_what_a_run_leaves(script, world, plain):
     """Evaluations where they were asked for, whose means are those of samples.jsonl."""
     table = [row for row in metrics(plain) if row.get("charts/stage", "3") == "3"]
