@@ -45,7 +45,7 @@ ASSETS = "data_gen/assets/imdb"
 
 @dataclass
 class Args:
-    preset: Literal["", "imdb", "hh"] = ""  # the paper's settings; flags beside it win
+    preset: Literal["", "imdb", "hh"] = ""  # the paper's models, Table 2; flags win
     model_name_or_path: str = f"{ASSETS}/model"  # the base policy, a folder or hub id
     sft_model_path: str = ""  # start from this policy, which is then π⁰ too
     ground_truth_path: str = f"{ASSETS}/classifier"  # for evaluation alone; "": none
@@ -272,7 +272,7 @@ class Policy(nn.Module):
         inputs |= {"use_cache": cache is not None, "logits_to_keep": length, **(cache or {})}
         with torch.autocast(ids.device.type, torch.bfloat16, self.args.dtype == "bfloat16"):
             out = self.lm(attention_mask=mask, **inputs)
-        name = "cache" if "cache" in out else "past_key_values"  # before transformers 5
+        name = "cache" if "cache" in out else "past_key_values"  # in older transformers
         return out.logits[:, -length:].float(), {name: out.get(name)}
 
     def log_probs(self, rows: list[tuple[list[int], list[int]]]) -> Tensor:
@@ -418,7 +418,7 @@ def evaluate(models, held_out, start, args: Args, run_dir: Path, step: int) -> d
         row["eval/gt_score_std"] = truth.std().item()
         if step == 0:
             start[args.ground_truth_path] = truth
-        if (before := start.get(args.ground_truth_path)) is not None:  # of the same judge
+        if (before := start.get(args.ground_truth_path)) is not None:  # by the same judge's path
             wins = (truth > before).float() + 0.5 * (truth == before)
             row["eval/win_rate"] = wins.mean().item()
         if step:  # r = β log π/π⁰ is 0 at the start; β does not change ranks

@@ -387,7 +387,7 @@ def main() -> None:
 # Every pass of a model goes through its forward, which FSDP2 watches. Dropout is off: models stay
 # in evaluation mode, as from_pretrained returns them.
 def load(kind: str, name: str, args: Args, new_head: bool = False, **kwargs):
-    """A float32 AutoModelFor... of transformers and its tokenizer; no remote code is run.
+    """The float32 model that AutoModelFor<kind> gives, and its tokenizer; no remote code is run.
     ValueError for a folder that lacks a tokenizer or weights (a new head's excepted)."""
     auto, kwargs["trust_remote_code"] = getattr(transformers, f"AutoModelFor{kind}"), False
     model, info = auto.from_pretrained(name, output_loading_info=True, **kwargs)
@@ -427,7 +427,7 @@ class Policy(nn.Module):
         inputs |= {"use_cache": cache is not None, "logits_to_keep": length, **(cache or {})}
         with torch.autocast(ids.device.type, torch.bfloat16, self.args.dtype == "bfloat16"):
             out = self.lm(attention_mask=mask, **inputs)
-        name = "cache" if "cache" in out else "past_key_values"  # before transformers 5
+        name = "cache" if "cache" in out else "past_key_values"  # in older transformers
         return out.logits[:, -length:].float(), {name: out.get(name)}
 
     def log_probs(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
@@ -627,7 +627,7 @@ def evaluate(models, held_out, start, args: Args, run_dir: Path, step: int) -> d
         row |= {"eval/gt_score": truth.mean().item(), "eval/gt_score_std": truth.std().item()}
         if step == 0:
             start[args.ground_truth_path] = truth
-        if (before := start.get(args.ground_truth_path)) is not None:  # of the same judge
+        if (before := start.get(args.ground_truth_path)) is not None:  # by the same judge's path
             wins = (truth > before).float() + 0.5 * (truth == before)
             row["eval/win_rate"] = wins.mean().item()
         ranks = torch.stack([scores["learned_score"], truth]).argsort().argsort().double()

@@ -588,7 +588,7 @@ def evaluate(env: gym.Env, actor: Actor, episodes: int, reward: Reward) -> dict[
 class LlmArgs:
     """language models: SFT, reward model, PPO"""
 
-    preset: Literal["", "imdb", "hh"] = ""  # the paper's settings (Table 2); flags beside it win
+    preset: Literal["", "imdb", "hh"] = ""  # the paper's models, Table 2; flags beside it win
     model_name_or_path: str = f"{ASSETS}/model"  # the base policy, a folder or hub id
     sft_model_path: str = ""  # the policy that stage 3 begins with and stays near: no stage 1
     reward_model_path: str = ""  # base of the reward; "": the base policy. Trained head: no stage 2
@@ -938,7 +938,7 @@ def llm(args: LlmArgs, state: dict) -> None:
 # Every pass of a model goes through its forward, which FSDP2 watches. Dropout is off: models stay
 # in evaluation mode, as from_pretrained returns them.
 def load(kind: str, name: str, args: LlmArgs, new_head: bool = False, **kwargs):
-    """A float32 AutoModelFor... of transformers and its tokenizer; no remote code is run.
+    """The float32 model that AutoModelFor<kind> gives, and its tokenizer; no remote code is run.
     ValueError for a folder that lacks a tokenizer or weights (a new head's excepted)."""
     auto, kwargs["trust_remote_code"] = getattr(transformers, f"AutoModelFor{kind}"), False
     model, info = auto.from_pretrained(name, output_loading_info=True, **kwargs)
@@ -978,7 +978,7 @@ class Policy(nn.Module):
         inputs |= {"use_cache": cache is not None, "logits_to_keep": length, **(cache or {})}
         with torch.autocast(ids.device.type, torch.bfloat16, self.args.dtype == "bfloat16"):
             out = self.lm(attention_mask=mask, **inputs)
-        name = "cache" if "cache" in out else "past_key_values"  # before transformers 5
+        name = "cache" if "cache" in out else "past_key_values"  # in older transformers
         return out.logits[:, -length:].float(), {name: out.get(name)}
 
     def log_probs(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
@@ -1176,7 +1176,7 @@ def evaluate_responses(models, held_out, start, args: LlmArgs, run_dir: Path, st
         row |= {"eval/gt_score": truth.mean().item(), "eval/gt_score_std": truth.std().item()}
         if step == 0:
             start[args.ground_truth_path] = truth
-        if (before := start.get(args.ground_truth_path)) is not None:  # of the same judge
+        if (before := start.get(args.ground_truth_path)) is not None:  # by the same judge's path
             wins = (truth > before).float() + 0.5 * (truth == before)
             row["eval/win_rate"] = wins.mean().item()
         ranks = torch.stack([scores["learned_score"], truth]).argsort().argsort().double()

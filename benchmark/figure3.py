@@ -38,7 +38,7 @@ def collect(runs: Path) -> tuple[list[dict], list[dict]]:
     curves, finals = [], []
     for path in sorted(runs.glob("*__*/metrics.csv")):
         kind, *name = path.parent.name.split("__")
-        if kind not in ("main_job", "figure3") or name[-1] not in "123":  # as many seeds of each
+        if kind not in ("main_job", "figure3") or name[-1] not in ("1", "2", "3"):
             continue
         env, method, variant, seed = (
             name if len(name) == 4 else (name[0], "aihf", "default", name[1])

@@ -3,7 +3,7 @@
     bash benchmark/llm.sh             # the runs of the embedded models
     python benchmark/llm.py           # needs pip install -e '.[plot]'
     bash benchmark/smollm2.sh         # those of SmolLM2-135M
-    python benchmark/llm.py smollm2   # the same tables and figures, as smollm2.csv ...
+    python benchmark/llm.py smollm2   # the same, in files whose names begin with smollm2
 
 adds what it finds in runs/ to results/llm.csv (a row an evaluation; runs that belong to several
 figures stand there once for each) and results/llm_scores.csv (a row a held-out response of the last
@@ -15,10 +15,13 @@ many demonstrations, prompt by prompt (ties count half).
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import numpy as np
+import tyro
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -57,6 +60,11 @@ METHODS = {
 }
 COLORS = {"aihf-ppo": "tab:orange", "rlhf": "tab:blue", "sft": "tab:green"}
 COLORS |= {"aihf-dpo": "tab:red", "dpo": "tab:cyan"}
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[Literal["llm", "smollm2"]] = "llm"  # what their names begin with
 
 
 def samples(path: Path) -> list[dict]:
@@ -132,6 +140,7 @@ def table(rows: list[dict], figure: str) -> str:
             if runs := runs_of(rows, figure, method, size).values():
                 last = {key: [run[key][-1] for run in runs] for key in METRICS}
                 wins = f"{np.mean(last['win_rate']):.0%} ± {np.std(last['win_rate']):.0%}"
+                wins = "" if "nan" in wins else wins  # SFT is not there yet
                 cells = [*size, method, len(runs), plus_minus(last["gt_score"])]
                 cells += [plus_minus([run["gt_score"].max() for run in runs])]
                 cells += [plus_minus(last["kl"], 1), wins, f"{np.mean(last['seconds']) / 60:.1f}"]
@@ -172,6 +181,8 @@ def draw_scores(axes, scores: list[dict]) -> None:
         rows, style = [row for row in scores if row["method"] == method], {"color": COLORS[method]}
         table = np.array([[float(row[n]) for n in ("gt_score", "learned_score")] for row in rows])
         seeds = np.array([row["seed"] for row in rows])
+        if not rows:
+            continue
         for seed in np.unique(seeds):  # R is free up to a constant and, for a policy, a scale
             table[seeds == seed, 1] -= table[seeds == seed, 1].mean()
         style |= {"label": method}
@@ -277,11 +288,12 @@ def at_equal_kl(rows: list[dict], figure: str, size: tuple[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    name = sys.argv[1] if len(sys.argv) > 1 else "llm"
+    name = tyro.cli(Args, description=__doc__.split("\n\n")[0]).runs
     data = ROOT / ("data_gen/assets/imdb" if name == "llm" else f"runs/{name}_data")
     new_rows, new_scores = collect(ROOT / "runs", name)
     rows = merge(RESULTS / f"{name}.csv", new_rows, KEYS)  # stable: evaluations stay in their order
     scores = merge(RESULTS / f"{name}_scores.csv", new_scores, ("method", "seed"))
+    draw_all(rows, scores, "" if name == "llm" else f"{name}_")
     for figure in FIGURES:
         print(table(rows, figure))
     for size, figure in {size: figure for figure in "97" for size in FIGURES[figure]}.items():
@@ -290,9 +302,12 @@ if __name__ == "__main__":
             above = sum(aihf[n]["gt_score"][-1] > rlhf[n]["gt_score"][-1] for n in both)
             print(f"{' + '.join(size)}: AIHF ends above RLHF in {above} of {len(both)} seeds")
             print(at_equal_kl(rows, figure, size))
-            print(stability(rows, figure, "aihf-ppo", size, data))
-    demonstrations = read.rows(str(data / "demonstrations.jsonl"), ("completion",), 256)
-    texts = {"demonstrations": [[completion for (completion,) in demonstrations]]}
+            if (data / "manifest.json").exists():
+                print(stability(rows, figure, "aihf-ppo", size, data))
+    texts = {}
+    if (data / "demonstrations.jsonl").exists():
+        demonstrations = read.rows(str(data / "demonstrations.jsonl"), ("completion",), 256)
+        texts["demonstrations"] = [[completion for (completion,) in demonstrations]]
     for method in dict.fromkeys(row["method"] for row in scores if row["method"] != "random"):
         of = [(row["seed"], row["response"]) for row in scores if row["method"] == method]
         texts[method] = [[text for n, text in of if n == seed] for seed in sorted(dict(of))]
@@ -304,4 +319,3 @@ if __name__ == "__main__":
             continue
         start, end = (plus_minus([run["correlation"][k] for run in runs]) for k in (0, -1))
         print(f"rank correlation of learned and true score, {method}: start {start}, end {end}")
-    draw_all(rows, scores, "" if name == "llm" else f"{name}_")

@@ -6,9 +6,10 @@ classifier that judges them, and what policies between the two write.
     python data_gen/imdb_data.py tiers         # 3. demonstrations, preferences, prompts
 
 The first two read the IMDb reviews from the hub (`pip install -e '.[hub]'`) or, with --data, from
-a folder; the third needs their models alone and writes data_gen/assets/imdb/. Each folder has a
-manifest.json (what made the files, how good they are, SHA-256 of each). Each command can be
-interrupted: the same command carries on, exactly on a CPU.
+a folder; the third needs their models alone, but with --data takes its prompts from reviews too,
+and writes data_gen/assets/imdb/. Each folder has a manifest.json (what made the files, how good
+they are, SHA-256 of each). Each command can be interrupted: the same command carries on, exactly on
+a CPU.
 
 No review is stored: weights, vocabulary and texts of the model are. Weights lie on disk as float16,
 half the size, but config.json says float32: from_pretrained then gives float32 models. The paper
@@ -88,7 +89,7 @@ class Pretrain(Training):
 class Classifier(Training):
     """Fine-tune a model to tell positive reviews from negative and from spoiled ones."""
 
-    model: str = "data_gen/assets/imdb/model"  # a language model, or a classifier to train on
+    model: str = "data_gen/assets/imdb/model"  # a language model, an encoder, or a classifier
     review_tokens: int = 256  # a review is cut there, or where the model's context ends
     full_share: float = 0.4  # batches of reviews; the rest are of openings
     opening_tokens: tuple[int, int] = (16, 64)  # shortest and longest: as prompt and response
@@ -161,6 +162,8 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
 def encode(tokenizer: Tokenizer, texts: list[str], name: str) -> list[np.ndarray]:
     """Token ids of each text, int32 (tokens,), without special tokens."""
     ids = []
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     for start in tqdm(range(0, len(texts), 500), desc=name, unit="500 reviews"):
         encoded = tokenizer.encode_batch(texts[start : start + 500], add_special_tokens=False)
         ids += [np.array(encoding.ids, np.int32) for encoding in encoded]
@@ -510,7 +513,7 @@ def continuations(model, fast, prompts: list[str], length: int, seed: list[int])
     """What the model writes at temperature 1 after each prompt, or as a review after "", up to
     `length` tokens."""
     seed_torch(*seed)
-    texts = read.Texts(fast, 10**6, length)
+    texts = read.Texts(fast, 10**6, length)  # no prompt is cut
     rows = texts.prompts(prompts, "") if any(prompts) else [[fast.bos_token_id]] * len(prompts)
     ids, mask = (x.to(model.device) for x in read.pad(rows, left=True))
     ends = {"eos_token_id": fast.eos_token_id, "pad_token_id": fast.pad_token_id}
@@ -528,7 +531,7 @@ def write_prompts(model, fast, args: Tiers) -> list[str]:
     (low, high), most = args.prompt_tokens, 10 + args.prompts // 20
     if args.data:
         reviews = [clean(text) for (text,) in read.rows(args.data, ("text",))]
-        reviews = [reviews[i][:1000] for i in rng.permutation(len(reviews))]
+        reviews = [reviews[i][:1000] for i in rng.permutation(len(reviews))]  # enough
     for batch in tqdm(range(most), desc="1/4 prompts, at most", unit="256 reviews"):
         if len(prompts) >= args.prompts:
             break
@@ -542,7 +545,7 @@ def write_prompts(model, fast, args: Tiers) -> list[str]:
             if len(ids) >= low and fast(prompt, **plain)["input_ids"] == ids:
                 prompts[prompt] = None
     if len(prompts) < args.prompts:
-        found = f"{args.data or args.model} has only {len(prompts)} different openings"
+        found = f"{args.data or args.model} gives only {len(prompts)} different openings"
         raise ValueError(f"{found} of --prompt-tokens {low} {high}")
     return list(prompts)[: args.prompts]
 
@@ -587,9 +590,10 @@ def tiers(args: Tiers, device: torch.device, output_dir: Path, work_dir: Path) -
         truth.to(device).eval()
         prompts = write_prompts(model.to(device).eval(), fast, args)
         weights = [x.detach().cpu().numpy() for m in (model, truth) for x in m.parameters()]
-        recipe = {"output_dir": "", "work_dir": "", "threads": ""}
-        recipe["inputs"] = read.fingerprint(prompts, *weights)
-        recipe, path = json.dumps(asdict(args) | recipe), work_dir / "recipe.json"
+        inputs = read.fingerprint(prompts if args.data else [], *weights)
+        may_change = {"output_dir": "", "work_dir": "", "threads": ""}
+        recipe = json.dumps(asdict(args) | may_change | {"inputs": inputs})
+        path = work_dir / "recipe.json"
         if path.exists() and path.read_text() != recipe:
             raise ValueError(f"{work_dir} is of other arguments or models; see --work-dir")
         read.write_whole(path, lambda path: path.write_text(recipe))

@@ -59,10 +59,10 @@ def check_numbers(args, may_be_zero: str, unchecked: str = "") -> None:
 
 def check_finite(step: int, run_dir: Path, **tensors) -> None:
     """SystemExit with one line that names the first tensor holding NaN or infinity."""
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            where = f"at step {step}; the last good state is in {run_dir}"
-            raise SystemExit(f"\nerror: {name} is not finite {where}")
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]  # all are asked
+    if bad:
+        where = f"at step {step}; the last good state is in {run_dir}"
+        raise SystemExit(f"\nerror: {bad[0]} is not finite {where}")
 
 
 # -------------------------------------------------------------------------------- run folders

@@ -218,7 +218,7 @@ def test_padding_does_not_change_the_score(judge):
 
 
 def test_an_encoder_can_be_the_judge(tmp_path, data):
-    """A text stands between its special tokens in training, in the scores and for the scripts."""
+    """A text stands between its special tokens, in the scores as for the scripts."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "great", "awful", ".", ",", *WORDS]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
@@ -375,16 +375,18 @@ def test_tiers(tmp_path, monkeypatch, model, judge):
     result = execute("tiers", tmp_path / "b", **flags, seed=2)
     helpers.assert_one_line_error(result, "other arguments")
     other = shutil.copytree(judge, tmp_path / "other")
-    for begin in (lambda: None, lambda: network.score.weight.data.neg_()):  # another judge, no PPO
-        begin()
-        network.save_pretrained(other)
-        (tmp_path / "c").mkdir(exist_ok=True)
-        result = execute("tiers", tmp_path / "c", model=model, classifier=other)
+    (tmp_path / "c").mkdir()
+    make("tiers", tmp_path / "c", model=model, classifier=other)
+    calls = len(ppo.calls)
+    network.score.weight.data.neg_()
+    network.save_pretrained(other)
+    result = execute("tiers", tmp_path / "c", model=model, classifier=other)
     helpers.assert_one_line_error(result, "other arguments or models")
+    assert len(ppo.calls) == calls == 5
 
 
 def test_what_is_sampled_does_not_depend_on_a_models_own_settings(model):
-    """Temperature 1 whatever generation_config.json says; a response begins with its blank."""
+    """Temperature 1 whatever generation_config.json says."""
     network = transformers.AutoModelForCausalLM.from_pretrained(model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     prompts = ["the film was", "a plot and"] * 4

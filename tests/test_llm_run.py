@@ -283,7 +283,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 def test_wins_are_counted_by_one_judge(tmp_path, script, world, finished):
-    """Not where the start was never judged, nor where another judged it."""
+    """Not where another judged the start."""
     other = shutil.copytree(world / "roberta", tmp_path / "other")
     for judge, count in ((world / "roberta", 1), (other, 0)):
         flags = ["--evaluate", finished, "--ground-truth-path", judge]

@@ -119,7 +119,7 @@ def test_unknown_flags_are_noticed():
     assert parse("torchrun --nproc-per-node 2 aihf_sac_mujoco.py --seed 7".split()).seed == 7
 
 
-@pytest.mark.parametrize("script", ["main_job.sh", "figure3.sh", "llm.sh"])
+@pytest.mark.parametrize("script", ["main_job.sh", "figure3.sh", "llm.sh", "smollm2.sh"])
 def test_benchmark_scripts_give_flags_that_exist(script, tmp_path):
     """Run with a `python` that only notes what it was asked."""
     (tmp_path / "bin").mkdir()
@@ -132,7 +132,7 @@ def test_benchmark_scripts_give_flags_that_exist(script, tmp_path):
     env["NOTES"] = str(tmp_path / "notes")
     subprocess.run(["bash", tmp_path / "benchmark" / script], env=env, check=True)
     asked = (tmp_path / "notes").read_text().splitlines()
-    assert len(asked) >= 9
+    assert len(asked) >= 8
     for line in sorted(set(asked)):  # a run that several figures need is skipped when it is there
         parse(["python", *line.split()])
 
@@ -190,7 +190,7 @@ def test_results_are_those_of_the_committed_runs():
     aihf: dict[str, dict[str, float]] = {}
     with open(ROOT / "benchmark/results/main_job.csv", newline="") as file:
         for row in csv.DictReader(file):
-            if row["seed"] in "123":
+            if row["seed"] in ("1", "2", "3"):
                 aihf.setdefault(row["env"], {})[row["seed"]] = float(row["return_mean"])
     for name in ("figure3_runs_earlier.csv", "figure3_runs.csv"):
         found: dict[tuple, list[float]] = {}
