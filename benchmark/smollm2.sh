@@ -32,7 +32,7 @@ run() { # method seed
     given+=(--eval-prompts 128)
     case $1 in
       *dpo) given+=(--dpo-steps 60 --eval-every 20 --batch-size 16 --learning-rate 2e-5) ;;
-      *) given+=(--reward-model-path runs/minilm --reward-learning-rate 5e-5 --ppo-steps 24 --eval-every 8 --batch-size 32)
+      *) given+=(--reward-model-path runs/minilm --reward-learning-rate 5e-5 --ppo-steps 20 --eval-every 5 --batch-size 32)
          given+=(--minibatch-size 16 --learning-rate 5e-5 --value-learning-rate 1e-4) ;;
     esac
     [ "$1" = rlhf ] && given+=(--sft-epochs 1 --sft-learning-rate 5e-5)
