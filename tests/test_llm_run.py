@@ -635,31 +635,40 @@ for name, argv, port in json.loads(Path("jobs.json").read_text()):
 """
 
 
+def free_ports():
+    """Ports below those that the system gives to outgoing connections: these take none of them."""
+    for port in random.sample(range(20_000, 32_000), 1_000):
+        with contextlib.suppress(OSError):
+            socket.create_server(("", port)).close()
+            yield port
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory, world) -> Path:
     """The folder where one torchrun, of two machines with a process each, has made a run of a step
     of each script, NAME_two, and has carried on one of a process alone, NAME_one_then_two."""
-    folder, jobs = tmp_path_factory.mktemp("two"), []
-    with contextlib.ExitStack() as sockets:
-        for name, script in SCRIPTS.items():
-            flags = [*script.one_step.split(), script.steps, 1, "--runs-dir", folder]
-            flags += ["--model-name-or-path", world / "deep"]
-            run(script, folder, world, *flags, "--run-name", f"{name}_one")
-            resumed = shutil.copytree(folder / f"{name}_one", folder / f"{name}_one_then_two")
-            begin = [*flags, "--micro-batch-size", 2, "--gradient-checkpointing"]
-            carry_on = [*script.command, "--resume", str(resumed), script.steps, "2"]
-            for argv in (command(script, world, *begin, "--run-name", f"{name}_two"), carry_on):
-                port = sockets.enter_context(socket.create_server(("", 0))).getsockname()[1]
-                jobs.append([script.module.__name__, argv, port])
-        meeting = sockets.enter_context(socket.create_server(("", 0))).getsockname()[1]
+    folder, jobs, ports = tmp_path_factory.mktemp("two"), [], free_ports()
+    for name, script in SCRIPTS.items():
+        flags = [*script.one_step.split(), script.steps, 1, "--runs-dir", folder]
+        flags += ["--model-name-or-path", world / "deep"]
+        run(script, folder, world, *flags, "--run-name", f"{name}_one")
+        resumed = shutil.copytree(folder / f"{name}_one", folder / f"{name}_one_then_two")
+        begin = [*flags, "--micro-batch-size", 2, "--gradient-checkpointing"]
+        carry_on = [*script.command, "--resume", str(resumed), script.steps, "2"]
+        for argv in (command(script, world, *begin, "--run-name", f"{name}_two"), carry_on):
+            jobs.append([script.module.__name__, argv, next(ports)])
     (folder / "jobs.json").write_text(json.dumps(jobs))
     (folder / "jobs.py").write_text(JOBS)
     argv = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=two"]
-    argv += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{meeting}", "jobs.py"]
+    argv += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{next(ports)}", "jobs.py"]
     argv += [ROOT, ROOT / "tests"]
     machines = [start_process(argv, folder, OMP_NUM_THREADS="1") for _ in range(2)]
-    for machine in machines:
-        print(*machine.communicate(timeout=300))
+    try:
+        for machine in machines:
+            print(*machine.communicate(timeout=300))
+    finally:
+        for machine in machines:
+            machine.terminate()  # and with it its worker
     assert [machine.returncode for machine in machines] == [0, 0]
     return folder
 
