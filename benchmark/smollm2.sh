@@ -9,6 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${DATA:-stanfordnlp/imdb}
 
+mkdir -p runs
 [ -e runs/smollm2 ] || python data_gen/pretrained.py smollm2
 [ -e runs/minilm ] || python data_gen/pretrained.py minilm
 [ -e runs/smollm2_judge/manifest.json ] ||
