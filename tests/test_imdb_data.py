@@ -328,7 +328,8 @@ def test_tiers(tmp_path, monkeypatch, model, judge):
         "--reward-model-path",
         str(judge),
     ) in pairs
-    assert ("--eval-prompts", "6") in pairs
+    assert ("--eval-prompts", "6") in pairs and ("--max-prompt-length", "13") in pairs
+    assert ("--learning-rate", "5e-05") in pairs and ("--value-learning-rate", "0.0003") in pairs
     assert ppo.calls[1:] == [["--resume", f"{work}/ppo", "--ppo-steps", "10"]]
 
     rows = {p.stem: [json.loads(line) for line in open(p)] for p in folder.glob("*.jsonl")}
