@@ -208,11 +208,11 @@ def draw_all(rows: list[dict], scores: list[dict], begin: str) -> None:
         plt.close(figure)
 
     truth, of_size = "ground-truth score", "{} demonstrations, {} preferences".format
-    figure, axes = panels(4)
+    figure, axes = panels(4 if any(row["figure"] == "10" for row in rows) else 3)
     labels = ["PPO steps", "responses sampled by PPO", "seconds, all stages", "DPO steps"]
     sft = runs_of(rows, "6", "sft", ("1000", "1000"))
     for axis, x in zip(axes, ("policy_steps", "episodes", "seconds", "policy_steps")):
-        for method in ("aihf-dpo", "dpo") if axis is axes[3] else ("aihf-ppo", "rlhf"):
+        for method in ("aihf-dpo", "dpo") if axis in axes[3:] else ("aihf-ppo", "rlhf"):
             draw_curves(axis, rows, "6", method, ("1000", "1000"), x)
         for seed, run in [*sft.items()][:1]:
             label = f"SFT, seed {seed}"
