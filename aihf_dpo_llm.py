@@ -145,12 +145,12 @@ def main() -> None:
         optimizer = torch.optim.Adam(policy.parameters(), fused=True)
         if state:
             load_optimizer(optimizer, state["optimizer"])
-        log, start = state.get("log", []), state.get("start", {})  # of metrics.csv; first scores
+        log = state.get("log", [])  # rows of metrics.csv
         track = read.tracker(args)
         run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, SCRIPT)
 
     models, held_out = (policy, reference, base, judge), (prompts, prompt_ids)
-    evaluation = partial(evaluate, models, held_out, start, args, run_dir)
+    evaluation = partial(evaluate, models, held_out, args, run_dir)
     if args.evaluate:
         return evaluation(log[-1]["charts/step"])
     log = log or [{"charts/step": 0, "charts/wall_seconds": 0.0} | evaluation(0)]
@@ -207,7 +207,7 @@ def main() -> None:
             save_model(policy.lm, policy.tokenizer, run_dir / "policy")
         if (step + 1) % args.checkpoint_every == 0 or finished:
             state = {"script": SCRIPT, "args": asdict(args), "data_hash": data_hash, "log": log}
-            state |= {"policy": whole(policy.lm.state_dict()), "start": start}
+            state["policy"] = whole(policy.lm.state_dict())
             state["optimizer"] = whole(optimizer.state_dict())
             read.write_csv(run_dir / "metrics.csv", log)
             read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
@@ -397,7 +397,7 @@ def load_optimizer(optimizer, state: dict) -> None:
 
 
 # --------------------------------------------------------------------------- evaluate and save
-def evaluate(models, held_out, start, args: Args, run_dir: Path, step: int) -> dict[str, float]:
+def evaluate(models, held_out, args: Args, run_dir: Path, step: int) -> dict[str, float]:
     """Means over held-out prompts, printed with samples: the only reader of the ground truth."""
     (policy, reference, base, judge), (prompts, prompt_ids) = models, held_out
     uniform = np.random.default_rng(10_000).random((len(prompts), args.response_length))
@@ -416,11 +416,6 @@ def evaluate(models, held_out, start, args: Args, run_dir: Path, step: int) -> d
         truth = logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits[:, 0]
         scores["gt_score"] = truth
         row["eval/gt_score_std"] = truth.std().item()
-        if step == 0:
-            start[args.ground_truth_path] = truth
-        if (before := start.get(args.ground_truth_path)) is not None:  # by the same judge's path
-            wins = (truth > before).float() + 0.5 * (truth == before)
-            row["eval/win_rate"] = wins.mean().item()
         if step:  # r = β log π/π⁰ is 0 at the start; β does not change ranks
             ranks = torch.stack([scores["kl"], truth]).argsort().argsort().double()
             row["eval/reward_correlation"] = torch.corrcoef(ranks)[0, 1].item()  # Spearman's
@@ -433,12 +428,8 @@ def evaluate(models, held_out, start, args: Args, run_dir: Path, step: int) -> d
 
 
 def summary(row: dict[str, float]) -> str:
-    text = f"KL {row['eval/kl']:.2f}"
-    if "eval/gt_score" in row:
-        text = f"ground truth {row['eval/gt_score']:.2f}, {text}"
-    if "eval/win_rate" in row:
-        text += f", win rate over the start {row['eval/win_rate']:.0%}"
-    return text
+    truth = f"ground truth {row['eval/gt_score']:.2f}, " if "eval/gt_score" in row else ""
+    return f"{truth}KL {row['eval/kl']:.2f}"
 
 
 def save_model(model, tokenizer, folder: Path) -> None:

@@ -89,8 +89,7 @@ class Args:
     ppo_epochs: int = 2  # passes over each batch
     learning_rate: float = 1e-4  # Adam's, for the policy (paper: 1.41e-5, for GPT-2)
     value_learning_rate: float = 3e-4  # Adam's, for the value network
-    gamma: float = 1.0  # discount
-    gae_lambda: float = 0.95  # of generalised advantage estimation
+    gae_lambda: float = 0.95  # of generalised advantage estimation; the discount is 1
     clip: float = 0.2  # probability ratios count up to 1 ± this
     kl_coefficient: float = 0.02  # β of (10)
     missing_eos_penalty: float = 0.0  # taken from the score of a response without the end token
@@ -158,14 +157,14 @@ def token_rewards(log_ratio: Tensor, scores: Tensor, mask: Tensor, beta: float) 
     return -beta * log_ratio * mask + scores[:, None] * last
 
 
-def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float):
-    """Advantages and returns, (rows, N) each (Schulman et al. 2016, (16)), of rewards, values and
-    mask (rows, N). values[:, t] is of the state in which token t is chosen; 0 after the end."""
+def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, lam: float):
+    """Advantages and returns, (rows, N) each (Schulman et al. 2016, (16) at γ = 1), of rewards,
+    values and mask (rows, N). values[:, t]: where token t is chosen; 0 after the end."""
     values = values * mask
-    delta = (rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values) * mask
+    delta = (rewards + F.pad(values[:, 1:], (0, 1)) - values) * mask
     advantages, running = torch.zeros_like(delta), torch.zeros_like(delta[:, 0])
     for t in reversed(range(delta.shape[1])):
-        running = delta[:, t] + gamma * lam * running
+        running = delta[:, t] + lam * running
         advantages[:, t] = running
     return advantages, advantages + values
 
@@ -227,8 +226,8 @@ def main() -> None:
         completions = policy.texts.responses(demos, args.demonstrations)  # cut as the policy's are
         completions = policy.texts.read(demo_ids, completions)
         demo_texts = [x + y for (x, _), y in zip(demos, completions)]
-        frozen = nn.ModuleList([reference, base])  # a list would keep the unsharded tensors alive
-        data_hash = read.fingerprint(pairs, prompts, demos, [n], *frozen.state_dict().values())
+        weights = (w for model in (reference, base) for w in model.state_dict().values())
+        data_hash = read.fingerprint(pairs, prompts, demos, [n], *weights)
         if state and state["data_hash"] != data_hash:
             raise ValueError("the run had other data, another model, or other --eval-prompts")
         learned = {"policy": policy, "value": value, "reward": reward}
@@ -244,8 +243,7 @@ def main() -> None:
         run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, SCRIPT)
 
     models = policy, reference, base, reward, judge.to(device) if judge else None
-    held_out, start = (prompts[-n:], prompt_ids[-n:]), state.get("start", {})  # first scores
-    evaluation = partial(evaluate, models, held_out, start, args, run_dir)
+    evaluation = partial(evaluate, models, (prompts[-n:], prompt_ids[-n:]), args, run_dir)
     if args.evaluate:
         return evaluation(log[-1]["charts/step"])
     row = {"charts/step": 0, "charts/reward_updates": 0, "charts/wall_seconds": 0.0}
@@ -318,9 +316,8 @@ def main() -> None:
         penalised = scores - args.missing_eos_penalty * (1 - has_eos)
         rewards = token_rewards(log_ratio, penalised, alive, args.kl_coefficient)
         if is_ppo := args.policy_optimizer == "ppo":
-            old_values = value.values(ids, mask, length)
-            settings = args.gamma, args.gae_lambda
-            advantages, returns = generalised_advantages(rewards, old_values, alive, *settings)
+            old_values, lam = value.values(ids, mask, length), args.gae_lambda
+            advantages, returns = generalised_advantages(rewards, old_values, alive, lam)
             advantages = whiten(advantages, alive)
         else:
             *_, greedy = policy.sample(asked, uniform, temperature=1e-6)
@@ -370,7 +367,7 @@ def main() -> None:
             save_model(reward.model, reward.tokenizer, run_dir / "reward")
         if (step + 1) % args.checkpoint_every == 0 or finished:
             state = {"script": SCRIPT, "args": asdict(args), "data_hash": data_hash, "log": log}
-            state |= {"memory": memory, "start": start}
+            state["memory"] = memory
             for name in learned:
                 state[name] = whole(learned[name].state_dict())
                 state[f"{name}_optimizer"] = whole(optimizers[name].state_dict())
@@ -610,7 +607,7 @@ def load_optimizer(optimizer, state: dict) -> None:
 
 
 # --------------------------------------------------------------------------- evaluate and save
-def evaluate(models, held_out, start, args: Args, run_dir: Path, step: int) -> dict[str, float]:
+def evaluate(models, held_out, args: Args, run_dir: Path, step: int) -> dict[str, float]:
     """Means over held-out prompts, printed with samples: the only reader of the ground truth."""
     (policy, reference, base, reward, judge), (prompts, prompt_ids) = models, held_out
     uniform = np.random.default_rng(10_000).random((len(prompts), args.response_length))
@@ -625,11 +622,6 @@ def evaluate(models, held_out, start, args: Args, run_dir: Path, step: int) -> d
     if judge:
         scores["gt_score"] = truth = gather(judge.score(texts)).cpu()
         row |= {"eval/gt_score": truth.mean().item(), "eval/gt_score_std": truth.std().item()}
-        if step == 0:
-            start[args.ground_truth_path] = truth
-        if (before := start.get(args.ground_truth_path)) is not None:  # by the same judge's path
-            wins = (truth > before).float() + 0.5 * (truth == before)
-            row["eval/win_rate"] = wins.mean().item()
         ranks = torch.stack([scores["learned_score"], truth]).argsort().argsort().double()
         row["eval/reward_correlation"] = torch.corrcoef(ranks)[0, 1].item()  # Spearman's
     columns = {"prompt": prompts, "response": responses}
@@ -640,12 +632,9 @@ def evaluate(models, held_out, start, args: Args, run_dir: Path, step: int) -> d
 
 
 def summary(row: dict[str, float]) -> str:
-    text = f"KL {row['eval/kl']:.2f}, learned score {row['eval/learned_score']:.2f}"
-    if "eval/gt_score" in row:
-        text = f"ground truth {row['eval/gt_score']:.2f}, {text}"
-    if "eval/win_rate" in row:
-        text += f", win rate over the start {row['eval/win_rate']:.0%}"
-    return text
+    names = {"gt_score": "ground truth", "kl": "KL", "learned_score": "learned score"}
+    shown = {name: row[f"eval/{key}"] for key, name in names.items() if f"eval/{key}" in row}
+    return ", ".join(f"{name} {value:.2f}" for name, value in shown.items())
 
 
 def save_model(model, tokenizer, folder: Path) -> None:
@@ -669,8 +658,8 @@ def parse_args() -> tuple[Args, dict]:
     read.check_numbers(args, MAY_BE_ZERO)
     if args.demo_weight == args.preference_weight == 0:
         raise ValueError("--demo-weight and --preference-weight are 0: there is nothing to learn")
-    if args.gamma > 1 or args.gae_lambda > 1:
-        raise ValueError("--gamma and --gae-lambda must be at most 1")
+    if args.gae_lambda > 1:
+        raise ValueError("--gae-lambda must be at most 1")
     if args.batch_size % args.minibatch_size:
         raise ValueError("--batch-size must be a multiple of --minibatch-size")
     return args, state

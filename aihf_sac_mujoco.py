@@ -16,7 +16,6 @@ Three departures from the paper matter (README.md has more):
 - R(τ) in g1 is r's mean in an episode / (1 - γ): a discounted sum forgets the later steps.
 """
 
-import copy
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -87,7 +86,7 @@ class Args:
 
 SCRIPT = "aihf_sac_mujoco.py"
 BLOCK = 50  # environment steps, then as many updates: Spinning Up's update_every
-LOSSES = ("losses/q", "losses/policy", "losses/entropy", "losses/q_mean")  # what SAC returns
+LOSSES = tuple(f"losses/{x}" for x in ("q", "policy", "entropy", "q_mean", "beta"))  # SAC's
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # of the policy
 PENALTY_POINTS = 500  # where the slope of r is measured in each reward update
 
@@ -172,7 +171,7 @@ def main() -> None:
         torch.manual_seed(args.seed)  # of networks
         rng = np.random.default_rng(args.seed)  # of batches, exploration and resets
         device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-        env, eval_env = make_env(args.env), make_env(args.env)
+        env = make_env(args.env)
         (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
         args.total_timesteps = args.total_timesteps or 100_000 * act_dim
 
@@ -239,7 +238,7 @@ def main() -> None:
 
         # ================================ LOWER LEVEL (8b): align the policy to r(·; θ_k) by SAC
         learning_rate = torch.tensor(args.learning_rate * share_left, device=device)
-        losses = torch.full((4,), math.nan)
+        losses = torch.full((5,), math.nan)
         obs, _ = env.reset(seed=int(rng.integers(2**31)))
         iteration_end = min(step + args.policy_steps_per_iteration, last_step)
         while step < iteration_end:
@@ -264,7 +263,7 @@ def main() -> None:
                 for batch in zip(s, a, rewards, next_s, terminations.squeeze(-1), noise):
                     losses = update(sac, learning_rate, *batch)
                 averaged.update_parameters(actor)
-                read.check_finite(step, run_dir, rewards=rewards, sac_losses=losses)
+                read.check_finite(step, run_dir, rewards=rewards, losses=losses, **sac["actor"])
             bar.update(block)
 
         # ========================================================== SAMPLE: τ' ~ π_{k+1}, τ ~ D
@@ -286,24 +285,21 @@ def main() -> None:
                 sides = (side[batch] for side in segments)
                 likelihood = preference_log_likelihood(reward, *sides, args.preference_temperature)
                 objective += args.preference_weight * likelihood
-            if args.gradient_penalty:
-                points = between(anchors, rollouts[0], PENALTY_POINTS, rng)
-                objective -= args.gradient_penalty * slope_penalty(reward, points)
+            points = between(anchors, rollouts[0], PENALTY_POINTS, rng)
+            objective -= args.gradient_penalty * slope_penalty(reward, points)
             reward_optimizer.zero_grad()
             (-objective).backward()  # Adam descends
             reward_optimizer.step()
-        read.check_finite(step, run_dir, reward_objective=objective, **sac["actor"])
+        read.check_finite(step, run_dir, reward_objective=objective)
 
         # ======================================================================= LOG and EVALUATE
         iteration, finished = log[-1]["charts/iteration"] + 1, step >= last_step
         env_steps = log[-1]["charts/env_steps"] + step - first_step + len(fresh[0])
         row = dict(zip(counts, (iteration, step, env_steps))) | dict(zip(LOSSES, losses.tolist()))
-        row["losses/beta"] = sac["beta"]["log"].exp().item()
         row |= reward_metrics(reward, data, reward.features(*fresh[:2]), segments, args)
-        row["charts/episode_length"] = fresh[2].double().mean().item()
         row["charts/SPS"] = (step - first_step) / (time.perf_counter() - started)
         if iteration % args.eval_every == 0 or finished:
-            row |= evaluate(eval_env, averaged.module, args.eval_episodes, reward)
+            row |= evaluate(env, averaged.module, args.eval_episodes, reward)
             bar.set_postfix_str(f"true return {row['eval/return_mean']:.0f}")
         row["charts/wall_seconds"] = log[-1]["charts/wall_seconds"] + time.perf_counter() - started
         log.append(row)
@@ -318,7 +314,7 @@ def main() -> None:
             state["replay"] = torch.from_numpy(replay[demo_steps : demo_steps + step])
             read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
     bar.close()
-    mean, std, *_ = evaluate(eval_env, averaged.module, args.eval_episodes, reward).values()
+    mean, std, *_ = evaluate(env, averaged.module, args.eval_episodes, reward).values()
     print(f"final true return {mean:.0f} ± {std:.0f}; python benchmark/plot.py {run_dir} draws it")
 
 
@@ -394,7 +390,7 @@ def make_sac_update(actor, critics, gamma: float, tau: float, target_entropy: fl
     """The SAC update (Haarnoja et al. 2018), fit to be compiled; target_entropy None fixes β."""
 
     def update(sac, learning_rate, obs, action, reward, next_obs, terminated, noise) -> Tensor:
-        """A step on a batch; noise (2, batch, act_dim). (4,): Q loss, policy loss, entropy, Q."""
+        """A step on a batch; noise (2, batch, act_dim). (5,): LOSSES."""
         sac["updates"]["count"].add_(1)
         beta = sac["beta"]["log"].exp()
 
@@ -423,7 +419,7 @@ def make_sac_update(actor, critics, gamma: float, tau: float, target_entropy: fl
             adam_(sac, "beta", {"log": entropy - target_entropy}, learning_rate)
         for key, target in sac["targets"].items():
             target.lerp_(sac["critics"][key], tau)
-        return torch.stack([q_loss, pi_loss, entropy, mean_q])
+        return torch.stack([q_loss, pi_loss, entropy, mean_q, beta])
 
     return update
 
@@ -437,7 +433,7 @@ def compile_update(update, sac: dict, obs_dim: int, act_dim: int, n: int):
     compiled = torch.compile(update, fullgraph=True, dynamic=False, options=options)
     print("compiling the SAC update: a minute the first time", flush=True)
     try:
-        compiled(copy.deepcopy(sac), *inputs)
+        compiled(tree_map(Tensor.clone, sac), *inputs)
     except Exception as error:  # whatever the compiler lacks, eager mode does not need it
         print(f"torch.compile failed ({read.one_line(error)[:80]}): eager. No C++ compiler?")
         return update

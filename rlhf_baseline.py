@@ -104,7 +104,7 @@ SCRIPT = "rlhf_baseline.py"
 INITIAL_BETA = 0.05  # of the entropy bonus: where it ends in AIHF's runs
 BLOCK = 50  # environment steps, then as many updates: Spinning Up's update_every
 CHECK_EVERY = 50  # updates of stages 1 and 2 between looks at the held-out data
-LOSSES = ("losses/q", "losses/policy", "losses/entropy", "losses/q_mean", "losses/kl")  # SAC's
+LOSSES = tuple(f"losses/{x}" for x in ("q", "policy", "entropy", "q_mean", "beta", "kl"))  # SAC's
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # of the policy
 PENALTY_POINTS = 500  # where the slope of r is measured in each reward update
 
@@ -202,7 +202,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         torch.manual_seed(args.seed)  # of networks
         rng = np.random.default_rng(args.seed)  # of held-out data, batches, exploration and resets
         device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-        env, eval_env = make_env(args.env), make_env(args.env)
+        env = make_env(args.env)
         (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
         args.total_timesteps = args.total_timesteps or 100_000 * act_dim
         name = f"{args.env}__{SCRIPT[:-3]}__{args.seed}__{time.time_ns()}"
@@ -294,7 +294,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         for key, parameter in sac["actor"].items():
             sac["cloned"][key].copy_(parameter)
         averaged.update_parameters(actor)
-        row |= evaluate(eval_env, averaged.module, args.eval_episodes, reward)
+        row |= evaluate(env, averaged.module, args.eval_episodes, reward)
         del row["eval/reward_correlation"]  # there is no reward yet
         print(f"cloned policy: true return {row['eval/return_mean']:.0f}")
         add_to_log(row, started)
@@ -309,9 +309,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         def preference_loss(pairs) -> Tensor:
             return -preference_log_likelihood(reward, *(side[pairs] for side in segments))
 
-        def penalty() -> Tensor | float:
-            if not args.gradient_penalty:
-                return 0.0
+        def penalty() -> Tensor:
             points = between(*steps, PENALTY_POINTS, rng)
             return args.gradient_penalty * slope_penalty(reward, points)
 
@@ -360,9 +358,8 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             for batch in zip(s, a, rewards, next_s, terminations.squeeze(-1), noise):
                 losses = update(sac, learning_rate, *batch)
             averaged.update_parameters(actor)
-            read.check_finite(step, run_dir, rewards=rewards, sac_losses=losses)
+            read.check_finite(step, run_dir, rewards=rewards, sac_losses=losses, **sac["actor"])
             bar.update(block)
-        read.check_finite(step, run_dir, **sac["actor"])
 
         # ======================================================================= LOG and EVALUATE
         iteration, finished = iteration + 1, step >= last_step
@@ -370,12 +367,11 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         with torch.no_grad():
             r_policy = reward(reward.features(*np.split(recent, [obs_dim], axis=1)))
         row = dict(zip(LOSSES, losses.tolist()))
-        row["losses/beta"] = sac["beta"]["log"].exp().item()
         row |= {"reward/demonstrations": r_demos, "reward/policy": r_policy.mean().item()}
         row |= {"reward/gap": r_demos - row["reward/policy"], "reward/max": r_policy.max().item()}
         row["charts/SPS"] = (step - first_step) / (time.perf_counter() - started)
         if iteration % args.eval_every == 0 or finished:
-            row |= evaluate(eval_env, averaged.module, args.eval_episodes, reward)
+            row |= evaluate(env, averaged.module, args.eval_episodes, reward)
             bar.set_postfix_str(f"true return {row['eval/return_mean']:.0f}")
         add_to_log(row, started)
 
@@ -383,7 +379,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         if iteration % args.checkpoint_every == 0 or finished:
             save_checkpoint()
     bar.close()
-    mean, std, *_ = evaluate(eval_env, averaged.module, args.eval_episodes, reward).values()
+    mean, std, *_ = evaluate(env, averaged.module, args.eval_episodes, reward).values()
     print(f"final true return {mean:.0f} ± {std:.0f}; python benchmark/plot.py {run_dir} draws it")
 
 
@@ -480,8 +476,8 @@ def make_sac_update(actor, critics, gamma: float, tau: float, target_entropy, wa
     (4). π⁰ is the clone; with a target_entropy, which tunes β, π⁰ is uniform: SAC's own bonus."""
 
     def update(sac, learning_rate, obs, action, reward, next_obs, terminated, noise) -> Tensor:
-        """A step on a batch; noise (2, batch, act_dim). (5,): Q loss, policy loss, entropy, Q, KL,
-        the last without a constant where π⁰ is uniform."""
+        """A step on a batch; noise (2, batch, act_dim). (6,): LOSSES, the last, KL, without a
+        constant where π⁰ is uniform."""
         sac["updates"]["count"].add_(1)
         beta = sac["beta"]["log"].exp()
         policy_rate = learning_rate * (sac["updates"]["count"] > warm_up)  # 0: critics alone learn
@@ -518,7 +514,7 @@ def make_sac_update(actor, critics, gamma: float, tau: float, target_entropy, wa
             adam_(sac, "beta", {"log": entropy - target_entropy}, policy_rate)
         for key, target in sac["targets"].items():
             target.lerp_(sac["critics"][key], tau)
-        return torch.stack([q_loss, pi_loss, entropy, mean_q, kl])
+        return torch.stack([q_loss, pi_loss, entropy, mean_q, beta, kl])
 
     return update
 
@@ -532,7 +528,7 @@ def compile_update(update, sac: dict, obs_dim: int, act_dim: int, n: int):
     compiled = torch.compile(update, fullgraph=True, dynamic=False, options=options)
     print("compiling the SAC update: a minute the first time", flush=True)
     try:
-        compiled(copy.deepcopy(sac), *inputs)
+        compiled(tree_map(Tensor.clone, sac), *inputs)
     except Exception as error:  # whatever the compiler lacks, eager mode does not need it
         print(f"torch.compile failed ({read.one_line(error)[:80]}): eager. No C++ compiler?")
         return update
@@ -625,8 +621,7 @@ class LlmArgs:
     ppo_epochs: int = 2  # passes over each batch
     learning_rate: float = 1e-4  # Adam's, for the policy (paper: 1.41e-5, for GPT-2)
     value_learning_rate: float = 3e-4  # Adam's, for the value network
-    gamma: float = 1.0  # discount
-    gae_lambda: float = 0.95  # of generalised advantage estimation
+    gae_lambda: float = 0.95  # of generalised advantage estimation; the discount is 1
     clip: float = 0.2  # probability ratios count up to 1 ± this
     kl_coefficient: float = 0.05  # β of (4)
     missing_eos_penalty: float = 0.0  # taken from the score of a response without the end token
@@ -690,14 +685,14 @@ def token_rewards(log_ratio: Tensor, scores: Tensor, mask: Tensor, beta: float) 
     return -beta * log_ratio * mask + scores[:, None] * last
 
 
-def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float):
-    """Advantages and returns, (rows, N) each (Schulman et al. 2016, (16)), of rewards, values and
-    mask (rows, N). values[:, t] is of the state in which token t is chosen; 0 after the end."""
+def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, lam: float):
+    """Advantages and returns, (rows, N) each (Schulman et al. 2016, (16) at γ = 1), of rewards,
+    values and mask (rows, N). values[:, t]: where token t is chosen; 0 after the end."""
     values = values * mask
-    delta = (rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values) * mask
+    delta = (rewards + F.pad(values[:, 1:], (0, 1)) - values) * mask
     advantages, running = torch.zeros_like(delta), torch.zeros_like(delta[:, 0])
     for t in reversed(range(delta.shape[1])):
-        running = delta[:, t] + gamma * lam * running
+        running = delta[:, t] + lam * running
         advantages[:, t] = running
     return advantages, advantages + values
 
@@ -721,8 +716,8 @@ def llm(args: LlmArgs, state: dict) -> None:
     with read.input_errors():  # around set-up: what is wrong with the input is said in one line
         may_be_zero = "seed num_demonstrations num_preferences kl_coefficient missing_eos_penalty"
         read.check_numbers(args, may_be_zero)
-        if args.gamma > 1 or args.gae_lambda > 1:
-            raise ValueError("--gamma and --gae-lambda must be at most 1")
+        if args.gae_lambda > 1:
+            raise ValueError("--gae-lambda must be at most 1")
         if args.batch_size % args.minibatch_size:
             raise ValueError("--batch-size must be a multiple of --minibatch-size")
         device, rank, count = start_processes(args)
@@ -784,8 +779,8 @@ def llm(args: LlmArgs, state: dict) -> None:
         run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, f"{SCRIPT} llm")
 
     models = policy, reference, base, reward, judge.to(device) if judge else None
-    held_out_prompts, start = (prompts[-n:], prompt_ids[-n:]), state.get("start", {})
-    evaluation = partial(evaluate_responses, models, held_out_prompts, start, args, run_dir)
+    held_out_prompts = prompts[-n:], prompt_ids[-n:]
+    evaluation = partial(evaluate_responses, models, held_out_prompts, args, run_dir)
     if args.evaluate:
         return evaluation(log[-1]["charts/step"])
 
@@ -798,7 +793,7 @@ def llm(args: LlmArgs, state: dict) -> None:
 
     def save_checkpoint() -> None:
         state = {"script": f"{SCRIPT} llm", "args": asdict(args), "data_hash": data_hash}
-        state |= {"log": log, "start": start}
+        state["log"] = log
         state |= {name: whole(module.state_dict()) for name, module in modules.items()}
         state |= {f"{name}_optimizer": whole(x.state_dict()) for name, x in optimizers.items()}
         read.write_csv(run_dir / "metrics.csv", log)
@@ -886,8 +881,8 @@ def llm(args: LlmArgs, state: dict) -> None:
         has_eos = ((ids[:, -length:] == policy.texts.eos_id) * alive).any(-1).float()
         penalised = scores - args.missing_eos_penalty * (1 - has_eos)
         rewards = token_rewards(log_ratio, penalised, alive, args.kl_coefficient)
-        old_values, settings = value.values(ids, mask, length), (args.gamma, args.gae_lambda)
-        advantages, returns = generalised_advantages(rewards, old_values, alive, *settings)
+        old_values, lam = value.values(ids, mask, length), args.gae_lambda
+        advantages, returns = generalised_advantages(rewards, old_values, alive, lam)
         advantages = whiten(advantages, alive)
 
         # ========================================= UPDATE: the clipped objective and V, by Adam
@@ -1159,7 +1154,7 @@ def load_optimizer(optimizer, state: dict) -> None:
 
 
 # ------------------------------------------------------------------------------ evaluate and save
-def evaluate_responses(models, held_out, start, args: LlmArgs, run_dir: Path, step: int) -> dict:
+def evaluate_responses(models, held_out, args: LlmArgs, run_dir: Path, step: int) -> dict:
     """Means over held-out prompts, printed with samples: the only reader of the ground truth."""
     (policy, reference, base, reward, judge), (prompts, prompt_ids) = models, held_out
     uniform = np.random.default_rng(10_000).random((len(prompts), args.response_length))
@@ -1174,11 +1169,6 @@ def evaluate_responses(models, held_out, start, args: LlmArgs, run_dir: Path, st
     if judge:
         scores["gt_score"] = truth = gather(judge.score(texts)).cpu()
         row |= {"eval/gt_score": truth.mean().item(), "eval/gt_score_std": truth.std().item()}
-        if step == 0:
-            start[args.ground_truth_path] = truth
-        if (before := start.get(args.ground_truth_path)) is not None:  # by the same judge's path
-            wins = (truth > before).float() + 0.5 * (truth == before)
-            row["eval/win_rate"] = wins.mean().item()
         ranks = torch.stack([scores["learned_score"], truth]).argsort().argsort().double()
         row["eval/reward_correlation"] = torch.corrcoef(ranks)[0, 1].item()  # Spearman's
     columns = {"prompt": prompts, "response": responses}
@@ -1190,12 +1180,9 @@ def evaluate_responses(models, held_out, start, args: LlmArgs, run_dir: Path, st
 
 
 def summary(row: dict[str, float]) -> str:
-    text = f"KL {row['eval/kl']:.2f}, learned score {row['eval/learned_score']:.2f}"
-    if "eval/gt_score" in row:
-        text = f"ground truth {row['eval/gt_score']:.2f}, {text}"
-    if "eval/win_rate" in row:
-        text += f", win rate over the start {row['eval/win_rate']:.0%}"
-    return text
+    names = {"gt_score": "ground truth", "kl": "KL", "learned_score": "learned score"}
+    shown = {name: row[f"eval/{key}"] for key, name in names.items() if f"eval/{key}" in row}
+    return ", ".join(f"{name} {value:.2f}" for name, value in shown.items())
 
 
 def save_model(model, tokenizer, folder: Path) -> None:

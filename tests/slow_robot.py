@@ -76,7 +76,7 @@ class SAC:
         return torch.stack([critic(torch.cat([obs, action], -1))[:, 0] for critic in critics])
 
     def update(self, rate, obs, action, reward, next_obs, ended, noise):
-        """Losses (5,): of Q and policy, entropy, Q, penalty."""
+        """(6,): losses of Q and policy, entropy, Q, β, penalty."""
         self.updates += 1
         beta, policy_rate = self.log_beta.exp().item(), rate
         if self.updates <= self.warm_up:
@@ -99,7 +99,7 @@ class SAC:
             for net, target in zip(self.critics, self.targets):
                 for p, target_p in zip(net.parameters(), target.parameters()):
                     target_p.copy_((1 - self.tau) * target_p + self.tau * p)
-        losses = q_loss, loss, -log_prob.mean(), q.mean(), penalty.mean()
+        losses = q_loss, loss, -log_prob.mean(), q.mean(), torch.tensor(beta), penalty.mean()
         return torch.stack(losses).detach()
 
     def state(self):

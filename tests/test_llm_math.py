@@ -287,8 +287,8 @@ def load_reference(world: Path, flags: dict) -> dict[str, Net]:
     return nets | {"judge": Net(auto(world / "judge"))}
 
 
-def evaluated(nets: dict, prompts: list[str], flags: dict, start, vocabulary, learned=True):
-    """What an evaluation logs, and the ground truth of each prompt."""
+def evaluated(nets: dict, prompts: list[str], flags: dict, vocabulary, learned=True) -> dict:
+    """What an evaluation logs."""
     words, scores = Words(flags), {"kl": [], "kl_base": [], "response_length": []}
     scores |= {"learned_score": [], "gt_score": []} if learned else {"gt_score": []}
     uniform = np.random.default_rng(10_000).random((len(prompts), flags["response_length"]))
@@ -309,15 +309,13 @@ def evaluated(nets: dict, prompts: list[str], flags: dict, start, vocabulary, le
     truth = scores["gt_score"]
     row = {f"eval/{name}": np.mean(values) for name, values in scores.items()}
     row["eval/gt_score_std"] = np.std(truth, ddof=1)
-    pairs = list(zip(truth, start or truth))
-    row["eval/win_rate"] = np.mean([1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs])
     ranks = [
         [sum(x < y for x in values) for y in values]
         for values in (scores["learned_score" if learned else "kl"], truth)
     ]
     if np.ptp(ranks[0]):  # else, as at the start of DPO, there is nothing to rank
         row["eval/reward_correlation"] = np.corrcoef(ranks)[0, 1]
-    return row, truth
+    return row
 
 
 def reference_ppo_step(nets, prompts, indices, uniform, rates, flags, vocabulary) -> dict:
@@ -345,8 +343,8 @@ def reference_ppo_step(nets, prompts, indices, uniform, rates, flags, vocabulary
                 advantage = 0.0
                 for j in range(t, n):
                     later = values[j + 1] if j + 1 < n else 0.0
-                    delta = rewards[j] + flags["gamma"] * later - values[j]
-                    advantage += (flags["gamma"] * flags["gae_lambda"]) ** (j - t) * delta
+                    delta = rewards[j] + later - values[j]
+                    advantage += flags["gae_lambda"] ** (j - t) * delta
                 advantages.append(advantage)
         else:
             greedy = words.text(policy.sample(x, u, 1e-6))
@@ -508,20 +506,20 @@ def test_where_the_score_goes(script):
         assert rewards[row].tolist() == pytest.approx(expected + [0.0] * (6 - n))
 
 
-@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.7), (1.0, 1.0)])
+@pytest.mark.parametrize("lam", [0.95, 0.7, 1.0])
 @having("generalised_advantages")
-def test_advantages(script, gamma, lam):
-    """Σ (γλ)^k δ of each row alone; padding holds garbage."""
+def test_advantages(script, lam):
+    """Σ λ^k δ of each row alone; padding holds garbage."""
     rewards, values = random(2, 4, 6)
-    advantages, returns = script.generalised_advantages(rewards * MASK, values, MASK, gamma, lam)
+    advantages, returns = script.generalised_advantages(rewards * MASK, values, MASK, lam)
     for row, n in enumerate(LENGTHS):
         r, v = rewards[row, :n].tolist(), [*values[row, :n].tolist(), 0.0]
-        delta = [r[t] + gamma * v[t + 1] - v[t] for t in range(n)]
+        delta = [r[t] + v[t + 1] - v[t] for t in range(n)]
         for t in range(n):
-            expected = sum((gamma * lam) ** k * delta[t + k] for k in range(n - t))
+            expected = sum(lam**k * delta[t + k] for k in range(n - t))
             assert advantages[row, t].item() == pytest.approx(expected, abs=1e-12)
             assert returns[row, t].item() == pytest.approx(expected + v[t], abs=1e-12)
-            if gamma == lam == 1:
+            if lam == 1:
                 assert returns[row, t].item() == pytest.approx(sum(r[t:]), abs=1e-12)
         assert not advantages[row, n:].any() and not returns[row, n:].any()
 
@@ -848,7 +846,7 @@ PPO_FLAGS = settings("""
     preference_weight 1.3  demo_loss linear  response_memory 2  reward_penalty 0.3
     reward_updates_per_iteration 2  reward_batch_size 5  reward_learning_rate 0.02
     policy_optimizer ppo  policy_steps_per_iteration 2  ppo_steps 5  batch_size 6
-    minibatch_size 3  ppo_epochs 2  learning_rate 0.02  value_learning_rate 0.03  gamma 0.9
+    minibatch_size 3  ppo_epochs 2  learning_rate 0.02  value_learning_rate 0.03
     gae_lambda 0.8  clip 0.1  kl_coefficient 0.25  missing_eos_penalty 0.4  eval_prompts 4
     eval_every 2  checkpoint_every 2
 """)
@@ -873,7 +871,7 @@ def reference_aihf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list, 
     def r(text: str) -> torch.Tensor:
         return reward_of(reward, text, vocabulary)
 
-    row, start = evaluated(nets, held_out, flags, None, vocabulary)
+    row = evaluated(nets, held_out, flags, vocabulary)
     log, memory = [{"charts/step": 0, "charts/reward_updates": 0} | row], []
     seed, updates = flags["seed"], 0
     for step in range(flags["ppo_steps"]):
@@ -927,7 +925,7 @@ def reference_aihf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list, 
         row |= {"charts/step": step + 1, "charts/episodes": (step + 1) * flags["batch_size"]}
         row["charts/reward_updates"] = updates
         if (step + 1) % flags["eval_every"] == 0 or step + 1 == flags["ppo_steps"]:
-            row |= evaluated(nets, held_out, flags, start, vocabulary)[0]
+            row |= evaluated(nets, held_out, flags, vocabulary)
         log.append(row)
     return nets, memory, log
 
@@ -987,7 +985,7 @@ def reference_dpo(world: Path, flags: dict, anneal: bool) -> tuple[dict, list]:
     def log_prob(net: Net, prompt: str, response: str) -> torch.Tensor:
         return net.log_probs(words.prompt(prompt), words.response(response)).sum()
 
-    row, start = evaluated(nets, held_out, flags, None, VOCABULARY, learned=False)
+    row = evaluated(nets, held_out, flags, VOCABULARY, learned=False)
     log = [{"charts/step": 0, "charts/demonstrations": 0, "charts/pairs": 0} | row]
     for step in range(flags["dpo_steps"]):
         rows = []
@@ -1017,7 +1015,7 @@ def reference_dpo(world: Path, flags: dict, anneal: bool) -> tuple[dict, list]:
         row["charts/demonstrations"] = (step + 1) * size if alpha else 0
         row["charts/pairs"] = (step + 1) * size if weight else 0
         if (step + 1) % flags["eval_every"] == 0 or step + 1 == flags["dpo_steps"]:
-            row |= evaluated(nets, held_out, flags, start, VOCABULARY, learned=False)[0]
+            row |= evaluated(nets, held_out, flags, VOCABULARY, learned=False)
         log.append(row)
     return nets, log
 
@@ -1122,7 +1120,7 @@ def reference_rlhf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list]:
     for name in ("policy", "value"):  # stage 3 begins with new moments
         nets[name] = Net(nets[name].model)
         nets[name].offset = nets["reward"].offset
-    row, start = evaluated(nets, held_out, flags, None, VOCABULARY)
+    row = evaluated(nets, held_out, flags, VOCABULARY)
     log.append({"charts/stage": 3, "charts/step": 0, "charts/episodes": 0} | row)
     for step in range(flags["ppo_steps"]):
         indices = drawn(len(train), flags["batch_size"], step, seed, 3)
@@ -1137,7 +1135,7 @@ def reference_rlhf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list]:
         row |= {"charts/stage": 3, "charts/step": step + 1}
         row["charts/episodes"] = (step + 1) * flags["batch_size"]
         if (step + 1) % flags["eval_every"] == 0 or step + 1 == flags["ppo_steps"]:
-            row |= evaluated(nets, held_out, flags, start, VOCABULARY)[0]
+            row |= evaluated(nets, held_out, flags, VOCABULARY)
         log.append(row)
     return nets, log
 

@@ -100,7 +100,7 @@ SCRIPTS = {
 COMMON = """--num-demonstrations 0 --num-preferences 0 --max-prompt-length 16 --response-length 6
     --micro-batch-size 8 --eval-prompts 6 --eval-every 2 --checkpoint-every 1 --threads 1
     --no-cuda --run-name run"""
-TRUTH = ("gt_score", "gt_score_std", "win_rate", "reward_correlation")  # under eval/
+TRUTH = ("gt_score", "gt_score_std", "reward_correlation")  # under eval/
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
@@ -282,16 +282,6 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {name: raw for name, raw in files(folder).items() if name.endswith(".safetensors")}
 
 
-def test_wins_are_counted_by_one_judge(tmp_path, script, world, finished):
-    """Not where another judged the start."""
-    other = shutil.copytree(world / "roberta", tmp_path / "other")
-    for judge, count in ((world / "roberta", 1), (other, 0)):
-        flags = ["--evaluate", finished, "--ground-truth-path", judge]
-        code, out, err = run_script(script.module, [*script.command, *flags], tmp_path)
-        assert code == 0 and out.count("ground truth") == 1, (out, err)
-        assert out.count("win rate over the start") == count
-
-
 def test_what_a_run_leaves(script, world, plain):
     """Evaluations where they were asked for, whose means are those of samples.jsonl."""
     table = [row for row in metrics(plain) if row.get("charts/stage", "3") == "3"]
@@ -299,7 +289,7 @@ def test_what_a_run_leaves(script, world, plain):
     assert [int(row["charts/step"]) for row in table] == list(range(steps + 1))
     evaluated = [int(row["charts/step"]) for row in table if row["eval/kl"]]
     assert evaluated == sorted({0, 2, steps})
-    assert table[0]["eval/kl"] == "0" and table[0]["eval/win_rate"] == "0.5"
+    assert table[0]["eval/kl"] == "0"
     samples = read_rows(plain / "samples.jsonl")
     assert len(samples) == 6
     tokenizer = transformers.AutoTokenizer.from_pretrained(world / "roberta")
@@ -677,7 +667,7 @@ def assert_same_but_for_rounding(one: Path, two: Path) -> None:
     """Gradients, which Adam's moments hold, and metrics; weights within two learning rates, because
     Adam makes steps of ± one of what is only rounding where a gradient vanishes."""
     one, two, far = leaves(load(one)), leaves(load(two)), []
-    steps_of_rows = ("accuracies", "win_rate", "correlation", "clip_fraction", "wall_seconds")
+    steps_of_rows = ("accuracies", "correlation", "clip_fraction", "wall_seconds")
     assert one.keys() == two.keys()
     for name in [name for name in one if not name.endswith(steps_of_rows)]:
         a, b = one[name], two[name]
@@ -751,7 +741,7 @@ def test_training_cannot_see_the_ground_truth(tmp_path, script, world, plain):
         state[f"classifier.out_proj.{name}"] *= -3
     save_file(state, liar / "model.safetensors", {"format": "pt"})
     folder = run(script, tmp_path, world, "--ground-truth-path", liar)
-    differ = compare_checkpoints(folder, plain, ("args", "start"))
+    differ = compare_checkpoints(folder, plain, ("args",))
     assert differ and {name.split("/")[-1] for name in differ} <= {*TRUTH}
     assert weights(folder) == weights(plain)
 
@@ -867,7 +857,7 @@ def test_exported_models_are_what_was_learned(tmp_path, script, world, plain):
         flags = ["--sft-model-path", plain / "policy", script.steps, 1]
         row = metrics(run(script, tmp_path, world, *flags))[0]
     last = metrics(plain)[-1]
-    assert row["eval/kl"] == "0" and row["eval/win_rate"] == "0.5"
+    assert row["eval/kl"] == "0"
     for name in ("kl_base", "gt_score", "gt_score_std", "response_length"):
         assert row[f"eval/{name}"] == last[f"eval/{name}"], name
 
@@ -962,7 +952,7 @@ BAD = {  # flags, or what makes them of the world and a folder; the line. More o
 }
 BAD_PPO = {  # of the scripts that have these flags
     "minibatches": (["--minibatch-size", 3], "--batch-size must be a multiple"),
-    "gamma": (["--gamma", 1.5], "--gamma"),
+    "lambda": (["--gae-lambda", 1.5], "--gae-lambda"),
     "nothing": (["--demo-weight", 0, "--preference-weight", 0], "nothing to learn"),
     "no reward model": (["--reward-model-path", "./nowhere"], "./nowhere"),
 }
