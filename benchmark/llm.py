@@ -52,14 +52,14 @@ FIGURES = {  # which sizes belong to which of the paper's
     "9": [("1000", "1000"), *(("3000", n) for n in ("1000", "2000", "3000"))],
     "10": [("1000", n) for n in ("1000", "2000", "3000")],
 }
-METHODS = {
-    "6": ("aihf-ppo", "rlhf", "aihf-dpo", "dpo", "sft", "random"),  # random: PPO on a new head
+METHODS = {  # aihf-ppo-sft: AIHF that begins with SFT; random: PPO on a new head
+    "6": ("aihf-ppo", "aihf-ppo-sft", "rlhf", "aihf-dpo", "dpo", "sft", "random"),
     "7": ("aihf-ppo", "rlhf"),
     "9": ("aihf-ppo", "rlhf"),
     "10": ("aihf-dpo", "dpo"),
 }
 COLORS = {"aihf-ppo": "tab:orange", "rlhf": "tab:blue", "sft": "tab:green"}
-COLORS |= {"aihf-dpo": "tab:red", "dpo": "tab:cyan"}
+COLORS |= {"aihf-dpo": "tab:red", "dpo": "tab:cyan", "aihf-ppo-sft": "tab:purple"}
 
 
 @dataclass
@@ -212,7 +212,7 @@ def draw_all(rows: list[dict], scores: list[dict], begin: str) -> None:
     labels = ["PPO steps", "responses sampled by PPO", "seconds, all stages", "DPO steps"]
     sft = runs_of(rows, "6", "sft", ("1000", "1000"))
     for axis, x in zip(axes, ("policy_steps", "episodes", "seconds", "policy_steps")):
-        for method in ("aihf-dpo", "dpo") if axis in axes[3:] else ("aihf-ppo", "rlhf"):
+        for method in ("aihf-dpo", "dpo") if axis in axes[3:] else METHODS["6"][:3]:
             draw_curves(axis, rows, "6", method, ("1000", "1000"), x)
         for seed, run in [*sft.items()][:1]:
             label = f"SFT, seed {seed}"

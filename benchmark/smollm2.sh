@@ -37,13 +37,14 @@ run() { # method seed
          given+=(--minibatch-size 16 --learning-rate 5e-5 --value-learning-rate 1e-4) ;;
     esac
     [ "$1" = rlhf ] && given+=(--sft-epochs 1 --sft-learning-rate 5e-5)
-    [ "$1" = dpo ] && given+=(--sft-model-path "runs/smollm2__rlhf__1000__1000__$2/sft" --demo-weight 0)
+    case $1 in dpo | *sft) given+=(--sft-model-path "runs/smollm2__rlhf__1000__1000__$2/sft") ;; esac
+    [ "$1" = dpo ] && given+=(--demo-weight 0)
   fi
   python $script "${given[@]}" --threads 1
 }
 export -f run
 
-for methods in "aihf-ppo rlhf" "aihf-dpo dpo"; do # SFT, RLHF's first stage, has to be there before DPO
+for methods in "aihf-ppo rlhf" "aihf-dpo dpo aihf-ppo-sft"; do # SFT, RLHF's first stage, comes first
   for seed in ${SEEDS:-1}; do
     for method in $methods; do echo "$method $seed"; done
   done | xargs -P "${JOBS:-2}" -L 1 bash -c 'run "$@" >>"runs/smollm2__$1__1000__1000__$2.log" 2>&1' _

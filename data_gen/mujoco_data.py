@@ -84,7 +84,7 @@ Episode = dict[str, np.ndarray]  # the arrays of an episode file, of T steps and
 
 
 # ----------------------------------------------------------------------------------- 1. the expert
-def train(args: Args, env, play_env, actor: Actor, work_dir: Path, state: dict) -> list:
+def train(args: Args, env, actor: Actor, work_dir: Path, state: dict) -> list:
     """SAC on the true reward. Returns candidates: (step, mean return, the policy's parameters)."""
     (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
     device = actor.net[0].weight.device
@@ -128,7 +128,7 @@ def train(args: Args, env, play_env, actor: Actor, work_dir: Path, state: dict) 
                     losses = update(sac, learning_rate, *batch)
                 read.check_finite(step, work_dir, sac_losses=losses)
             bar.update(BLOCK)
-        score = returns([record(play_env, actor, rng) for _ in range(3)]).mean().item()
+        score = returns([record(env, actor, rng) for _ in range(3)]).mean().item()
         policy = {key: parameter.cpu().clone() for key, parameter in sac["actor"].items()}
         candidates.append((step, score, policy))
         bar.set_postfix(true_return=f"{score:.0f}", best=f"{max(c[1] for c in candidates):.0f}")
@@ -288,7 +288,7 @@ def main() -> None:
         check_args(args)
         torch.set_num_threads(args.threads)
         torch.manual_seed(args.seed)  # of networks
-        env, play_env = make_env(args.env), make_env(args.env)
+        env = make_env(args.env)
         (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         actor = Actor(obs_dim, act_dim, args.hidden).to(device)
@@ -304,9 +304,9 @@ def main() -> None:
             for left_over in folder.glob(".*.tmp"):
                 left_over.unlink()
 
-    candidates = train(args, env, play_env, actor, work_dir, state)
+    candidates = train(args, env, actor, work_dir, state)
     with read.input_errors():  # what only the finished training can tell
-        tiers, chosen, random = pick_tiers(args, play_env, actor, candidates)
+        tiers, chosen, random = pick_tiers(args, env, actor, candidates)
         lengths = {tier: [len(e["actions"]) for e in tiers[tier]] for tier in TIERS}
         rng = np.random.default_rng([args.seed, 3])
         pairs = draw_pairs(lengths, args.segment_length, args.num_pairs, args.label_noise, rng)

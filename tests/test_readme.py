@@ -119,7 +119,9 @@ def test_unknown_flags_are_noticed():
     assert parse("torchrun --nproc-per-node 2 aihf_sac_mujoco.py --seed 7".split()).seed == 7
 
 
-@pytest.mark.parametrize("script", ["main_job.sh", "figure3.sh", "llm.sh", "smollm2.sh"])
+@pytest.mark.parametrize(
+    "script", ["main_job.sh", "figure3.sh", "other_robots.sh", "llm.sh", "smollm2.sh"]
+)
 def test_benchmark_scripts_give_flags_that_exist(script, tmp_path):
     """Run with a `python` that only notes what it was asked."""
     (tmp_path / "bin").mkdir()

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# AIHF as it is on robots of no table of the paper: data, made here, then one run each, seed 1.
+# JOBS (2) robots side by side, one thread each. Stopped or killed, the same command carries on.
+# Then: python benchmark/other_robots.py
+set -euo pipefail
+cd "$(dirname "$0")/.."
+run() { # env, SAC steps of the expert
+  local data=runs/other_robots_data__$1 folder=runs/other_robots__$1__1
+  [ -e "$data/manifest.json" ] ||
+    python data_gen/mujoco_data.py --env "$1" --total-timesteps "$2" --output-dir "$data"
+  if [ -e "$folder/checkpoint.pt" ]; then
+    python aihf_sac_mujoco.py --resume "$folder"
+  else
+    python aihf_sac_mujoco.py --env "$1" --data-dir "$data" --run-name "$(basename "$folder")"
+  fi
+}
+export -f run
+mkdir -p runs
+printf '%s\n' "InvertedDoublePendulum-v5 60000" "Reacher-v5 100000" "Swimmer-v5 200000" \
+  "Hopper-v5 400000" "HalfCheetah-v5 1200000" "Walker2d-v5 2000000" "Ant-v5 1000000" |
+  xargs -P "${JOBS:-2}" -L 1 bash -c 'run "$0" "$1" >>"runs/other_robots__$0__1.log" 2>&1'
