@@ -113,7 +113,7 @@ def aihf_dpo_loss(log_demos: Tensor, lengths: Tensor, r_chosen: Tensor, r_reject
 def main() -> None:
     with read.input_errors():  # around set-up: what is wrong with the input is said in one line
         args, state = parse_args()
-        device, rank, count = start_processes(args)
+        device, count = start_processes(args)
 
         initial = args.sft_model_path or args.model_name_or_path
         policy, reference = Policy(initial, args), Policy(initial, args)  # π, π⁰
@@ -128,9 +128,9 @@ def main() -> None:
             demos = policy.rows(args.demonstrations, "prompt completion", args.num_demonstrations)
         if args.preference_weight:
             pairs = policy.rows(args.preferences, "prompt chosen rejected", args.num_preferences)
-        if (equal := sum(chosen == rejected for chosen, rejected in pairs)) and rank == 0:
+        if (equal := sum(chosen == rejected for chosen, rejected in pairs)) and read.writes():
             print(f"{args.preferences}: {equal} of {len(pairs)} pairs have equal responses")
-        prompts = [x for (x,) in read.rows(args.prompts, ("prompt",))]
+        prompts = [x for (x,) in read.rows(args.prompts, "prompt")]
         if len(prompts) < args.eval_prompts:
             raise ValueError(f"{args.prompts} has {len(prompts)} rows: too few for --eval-prompts")
         prompt_ids = policy.texts.prompts(prompts, args.prompts)[-args.eval_prompts :]
@@ -141,7 +141,7 @@ def main() -> None:
                 raise ValueError("the run learned from other data, or another model, than given")
             policy.lm.load_state_dict(state["policy"])
         for module in dict.fromkeys([policy, reference, base]):
-            shard(module.to(device))
+            shard(module.to(device), device)
         optimizer = torch.optim.Adam(policy.parameters(), fused=True)
         if state:
             load_optimizer(optimizer, state["optimizer"])
@@ -153,11 +153,15 @@ def main() -> None:
     evaluation = partial(evaluate, models, held_out, args, run_dir)
     if args.evaluate:
         return evaluation(log[-1]["charts/step"])
-    log = log or [{"charts/step": 0, "charts/wall_seconds": 0.0} | evaluation(0)]
+    started = time.perf_counter()
     references = reference.score([row for pair in pairs for row in pair]).view(-1, 2)
+    if not log:
+        log.append({"charts/step": 0} | evaluation(0))
+        log[0]["charts/wall_seconds"] = time.perf_counter() - started
+        track(log[0], step=0)
     first_step, size = log[-1]["charts/step"], args.batch_size
 
-    for step in tqdm(range(first_step, args.dpo_steps), "AIHF-DPO", disable=rank > 0):
+    for step in tqdm(range(first_step, args.dpo_steps), "AIHF-DPO", disable=not read.writes()):
         started = time.perf_counter()
         share_left = 1 - args.anneal * step / args.dpo_steps
         optimizer.param_groups[0]["lr"] = args.learning_rate * share_left
@@ -193,8 +197,6 @@ def main() -> None:
 
         # ===================================================================== LOG and EVALUATE
         row = {name: mean.item() for name, mean in row.items()} | {"charts/step": step + 1}
-        row["charts/demonstrations"] = (step + 1) * size * bool(demos)
-        row["charts/pairs"] = (step + 1) * size * bool(pairs)
         finished = step + 1 == args.dpo_steps
         if (step + 1) % args.eval_every == 0 or finished:
             row |= evaluation(step + 1)
@@ -211,7 +213,7 @@ def main() -> None:
             state["optimizer"] = whole(optimizer.state_dict())
             read.write_csv(run_dir / "metrics.csv", log)
             read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
-    if rank == 0:
+    if read.writes():
         last = [row for row in log if "eval/kl" in row][-1]
         print(f"final: {summary(last)}; python benchmark/plot.py {run_dir} draws it")
     if dist.is_initialized():
@@ -254,7 +256,7 @@ class Policy(nn.Module):
 
     def rows(self, name: str, columns: str, count: int) -> list[tuple]:
         """(prompt, response) in token ids for each response of each row of a file."""
-        prompts, *sides = zip(*read.rows(name, columns.split(), count))
+        prompts, *sides = zip(*read.rows(name, columns, count))
         prompt_ids, found, end = self.texts.prompts(prompts, name), [], self.texts.eos_id
         for side in sides:
             responses = self.texts.responses(list(zip(prompts, side)), name)
@@ -295,13 +297,14 @@ class Policy(nn.Module):
         return gather(torch.cat([empty, *map(self.log_probs, batches)]))[: len(rows)]
 
     @torch.no_grad()
-    def sample(self, prompts: list[list[int]], uniform: np.ndarray) -> list[list[int]]:
-        """Responses to prompts, which processes share: ids up to and with the end token. uniform
-        (rows, N) in [0, 1) holds the randomness: token t is where the cumulative probability passes
-        it, so no row depends on its batch. All processes end together."""
+    def sample(self, prompts: list[list[int]], rng: np.random.Generator) -> list[list[int]]:
+        """Responses to prompts, which processes share: ids up to and with the end token. Token t is
+        where the cumulative probability passes a number of the rng's, of which there are N a row
+        however early it ends: no row depends on its batch. All processes end together."""
+        uniform = torch.from_numpy(share(rng.random((len(prompts), self.args.response_length))))
         ids, mask = (x.to(self.lm.device) for x in read.pad(share(prompts), left=True))
         tokens, cache, ended = [], {}, torch.zeros_like(ids[:, :1], dtype=torch.bool)
-        for u in torch.from_numpy(share(uniform)).to(ids.device).unbind(1):
+        for u in uniform.to(ids.device).unbind(1):
             logits, cache = self(ids, mask, 1, cache)
             cumulative = logits[:, -1].softmax(-1).double().cumsum(-1)
             ids = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)
@@ -333,25 +336,23 @@ def load_judge(name: str, args: Args, device: torch.device):
 # --------------------------------------------------------- several processes (torchrun), or one
 # Process r of n holds rows r, r + n ... of every batch and a share of every policy (FSDP2).
 # Gradients are summed: losses are divided by the whole batch. All make as many forward passes.
-def start_processes(args: Args) -> tuple[torch.device, int, int]:
-    """This process's device and rank, and how many there are."""
+def start_processes(args: Args) -> tuple[torch.device, int]:
+    """This process's device, and how many processes there are."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    count = int(os.environ.get("WORLD_SIZE", 1))
     if count > 1:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # this process's "cuda"
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     began = gather(torch.tensor([time.time_ns()], device=device))[0]  # the same in every process
     args.run_name = args.run_name or f"llm__{SCRIPT[:-3]}__{args.seed}__{began}"
-    sizes = args.batch_size, args.eval_prompts
-    if any(size % count for size in sizes):
+    if any(size % count for size in (args.batch_size, args.eval_prompts)):
         raise ValueError(f"--batch-size and --eval-prompts must be multiples of {count} processes")
-    return device, rank, count
+    return device, count
 
 
 def share(rows):
@@ -368,11 +369,10 @@ def gather(x: Tensor) -> Tensor:
     return torch.stack(shares, 1).flatten(0, 1)
 
 
-def shard(module: nn.Module) -> None:
+def shard(module: nn.Module, device: torch.device) -> None:
     """Share out the parameters, block by block; each is gathered whole where it is used."""
     if dist.is_initialized():
-        kind, count = next(module.parameters()).device.type, dist.get_world_size()
-        mesh = dist.init_device_mesh(kind, (count,))
+        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
         for part in (*blocks(module), module):
             fully_shard(part, mesh=mesh)
             part.set_force_sum_reduction_for_comms(True)
@@ -380,8 +380,8 @@ def shard(module: nn.Module) -> None:
 
 
 def whole(state):
-    """A state with whole tensors in the place of shared out ones: on the CPU of process 0, which
-    writes them, and without memory or numbers (meta) in the others."""
+    """A state with its shards put together: on the CPU of process 0, which writes them, and without
+    memory or numbers (meta) in the others."""
     where = "cpu" if read.writes() else "meta"
     return tree_map_only(DTensor, lambda x: x.full_tensor().to(where), state)
 
@@ -400,9 +400,8 @@ def load_optimizer(optimizer, state: dict) -> None:
 def evaluate(models, held_out, args: Args, run_dir: Path, step: int) -> dict[str, float]:
     """Means over held-out prompts, printed with samples: the only reader of the ground truth."""
     (policy, reference, base, judge), (prompts, prompt_ids) = models, held_out
-    uniform = np.random.default_rng(10_000).random((len(prompts), args.response_length))
-    response_ids, row = policy.sample(prompt_ids, uniform), {}
-    responses = policy.texts.read(prompt_ids, response_ids)
+    response_ids, row = policy.sample(prompt_ids, np.random.default_rng(10_000)), {}
+    responses = policy.texts.decode(prompt_ids, response_ids)
     rows = list(zip(prompt_ids, response_ids))
     log_probs = policy.score(rows)
     scores = {"response_length": torch.tensor([len(ids) for ids in response_ids]).float()}
@@ -420,10 +419,8 @@ def evaluate(models, held_out, args: Args, run_dir: Path, step: int) -> dict[str
             ranks = torch.stack([scores["kl"], truth]).argsort().argsort().double()
             row["eval/reward_correlation"] = torch.corrcoef(ranks)[0, 1].item()  # Spearman's
     row |= {f"eval/{name}": x.mean().item() for name, x in scores.items()}
-    columns = {"prompt": prompts, "response": responses}
-    columns |= {name: x.tolist() for name, x in scores.items()}
     path = None if args.evaluate else run_dir / "samples.jsonl"
-    read.write_samples(path, f"after {step} steps: {summary(row)}", columns)
+    read.write_samples(path, f"after {step} steps: {summary(row)}", prompts, responses, scores)
     return row
 
 

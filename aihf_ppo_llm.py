@@ -1,8 +1,7 @@
 """AIHF with PPO: one reward from demonstrations and preferences, one language model aligned to it.
 
 "Joint Demonstration and Preference Learning Improves Policy Alignment with Human Feedback", Li et
-al., arXiv 2406.06874: Algorithm 1 on language models (6.2, A.2.2). Equation numbers are the
-paper's.
+al., arXiv 2406.06874: Algorithm 1 on language models (6.2, A.2.2). Equation numbers are its own.
 
     python aihf_ppo_llm.py
 
@@ -192,7 +191,7 @@ def policy_losses(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, 
 def main() -> None:
     with read.input_errors():  # around set-up: what is wrong with the input is said in one line
         args, state = parse_args()
-        device, rank, count = start_processes(args)
+        device, count = start_processes(args)
 
         # What is learned, the policy π, the critic V and the reward R(·; θ), and what is not
         initial = args.sft_model_path or args.model_name_or_path
@@ -210,21 +209,19 @@ def main() -> None:
         # The data: preferences P, prompts, and demonstrations D or, without, prompts alone
         pairs = []
         if args.preference_weight:
-            columns = ("prompt", "chosen", "rejected")
-            pairs = read.rows(args.preferences, columns, args.num_preferences)
+            pairs = read.rows(args.preferences, "prompt chosen rejected", args.num_preferences)
             policy.texts.check_pairs(pairs, args.preferences)
-        prompts = [prompt for (prompt,) in read.rows(args.prompts, ("prompt",))]
+        prompts = [prompt for (prompt,) in read.rows(args.prompts, "prompt")]
         prompt_ids, n = policy.texts.prompts(prompts, args.prompts), args.eval_prompts
         if len(prompts) <= n:
             raise ValueError(f"{args.prompts} has too few rows for --eval-prompts {n}")
         train_prompts, train_ids = prompts[:-n], prompt_ids[:-n]
         demos = [(prompt, prompt) for prompt in train_prompts]  # whose prompts alone are used
         if args.demo_weight:
-            columns = ("prompt", "completion")
-            demos = read.rows(args.demonstrations, columns, args.num_demonstrations)
+            demos = read.rows(args.demonstrations, "prompt completion", args.num_demonstrations)
         demo_ids = policy.texts.prompts([x for x, _ in demos], args.demonstrations)
         completions = policy.texts.responses(demos, args.demonstrations)  # cut as the policy's are
-        completions = policy.texts.read(demo_ids, completions)
+        completions = policy.texts.decode(demo_ids, completions)
         demo_texts = [x + y for (x, _), y in zip(demos, completions)]
         weights = (w for model in (reference, base) for w in model.state_dict().values())
         data_hash = read.fingerprint(pairs, prompts, demos, [n], *weights)
@@ -234,7 +231,7 @@ def main() -> None:
         for name in learned if state else ():
             learned[name].load_state_dict(state[name])
         for module in dict.fromkeys([*learned.values(), reference, base]):
-            shard(module.to(device))
+            shard(module.to(device), device)
         optimizers = {k: torch.optim.Adam(x.parameters(), fused=True) for k, x in learned.items()}
         for name in learned if state else ():
             load_optimizer(optimizers[name], state[f"{name}_optimizer"])
@@ -246,13 +243,13 @@ def main() -> None:
     evaluation = partial(evaluate, models, (prompts[-n:], prompt_ids[-n:]), args, run_dir)
     if args.evaluate:
         return evaluation(log[-1]["charts/step"])
-    row = {"charts/step": 0, "charts/reward_updates": 0, "charts/wall_seconds": 0.0}
+    row = {"charts/step": 0, "charts/episodes": 0, "charts/wall_seconds": 0.0}
     log = log or [row | evaluation(0)]
+    first_step = log[-1]["charts/step"]
     rates = {"policy": args.learning_rate, "value": args.value_learning_rate}
     rates["reward"] = args.reward_learning_rate
-    first_step, reward_updates = log[-1]["charts/step"], log[-1]["charts/reward_updates"]
 
-    for step in tqdm(range(first_step, args.ppo_steps), "AIHF", disable=rank > 0):
+    for step in tqdm(range(first_step, args.ppo_steps), "AIHF", disable=not read.writes()):
         started, row = time.perf_counter(), {}
         share_left = 1 - step / args.ppo_steps if args.anneal else 1.0
         for name, optimizer in optimizers.items():
@@ -264,10 +261,9 @@ def main() -> None:
             size = args.reward_updates_per_iteration * args.reward_batch_size
             indices = read.draw(len(demos), size, k, (args.seed, 1))
             asked = [demo_ids[i] for i in indices]
-            uniform = np.random.default_rng([args.seed, 3, k]).random((size, args.response_length))
-            responses = []
+            rng, responses = np.random.default_rng([args.seed, 3, k]), []
             for part in read.parts(0, size, args.batch_size):
-                responses += policy.sample(asked[part], uniform[part])[-1]
+                responses += policy.sample(asked[part], rng)[-1]
             fresh = [demos[i][0] + y for i, y in zip(indices, responses)]
             memory = [*memory, *zip(indices, fresh)][-args.response_memory * size :]
             order = np.random.default_rng([args.seed, 4, k]).permutation(len(memory))
@@ -283,46 +279,45 @@ def main() -> None:
             for batch in read.parts(0, size // count, args.reward_batch_size // count):
                 loss, correct = torch.zeros(2, device=device)
                 for part in read.parts(batch.start, batch.stop, args.micro_batch_size):
-                    r = reward.of([text for side in sides for text in side[part]])
+                    r = reward.score([text for side in sides for text in side[part]])
                     r = r.chunk(len(sides))
                     losses = reward_losses(*r[:2], *r[-2:], args) / args.reward_batch_size
                     losses.sum().backward()
                     loss += losses.detach().sum()
                     correct += (r[-2] > r[-1]).sum() / args.reward_batch_size
                 descend(reward, optimizers["reward"], args, step, run_dir, loss)
-                reward_updates += 1
             row["rewards/loss"] = total(loss).item()  # of the last update
             if args.preference_weight:
                 row["rewards/accuracies"] = total(correct).item()
             # A constant in R changes λ's term, not (10)'s best policy or (11): make π_k's mean 0.
-            reward.offset += gather(reward.score(share(fresh))).mean()
+            reward.offset += gather(in_parts(reward.score, args, share(fresh))).mean()
             if step == 0 and critic_from_reward:
                 value.load_state_dict(reward.state_dict())  # the critic begins as the first reward
             if args.demo_weight:
-                r_demos = reward.score(share([demo_texts[i] for i in indices]))
+                r_demos = in_parts(reward.score, args, share([demo_texts[i] for i in indices]))
                 row["reward/gap"] = gather(r_demos).mean().item()  # the responses' mean is 0
 
         # ============= LOWER LEVEL (8b): align π to r(·; θ_{k+1}), a step of PPO or ReMax on (10)
         indices = read.draw(len(train_ids), args.batch_size, step, (args.seed, 5))
         asked = [train_ids[i] for i in indices]
         rng = np.random.default_rng([args.seed, 6, step])
-        uniform = rng.random((args.batch_size, args.response_length))
-        ids, mask, alive, responses = policy.sample(asked, uniform)
+        ids, mask, alive, ended, responses = policy.sample(asked, rng)
         texts = [train_prompts[i] + response for i, response in zip(indices, responses)]
-        length, scores = alive.shape[1], reward.score(share(texts))
-        old_log_probs = policy.score(ids, mask, alive)
-        log_ratio = old_log_probs - reference.score(ids, mask, alive)
-        has_eos = ((ids[:, -length:] == policy.texts.eos_id) * alive).any(-1).float()
-        penalised = scores - args.missing_eos_penalty * (1 - has_eos)
+        length, scores = alive.shape[1], in_parts(reward.score, args, share(texts))
+        old_log_probs = in_parts(policy.log_probs, args, ids, mask, alive)
+        log_ratio = old_log_probs - in_parts(reference.log_probs, args, ids, mask, alive)
+        penalised = scores - args.missing_eos_penalty * (1 - ended)
         rewards = token_rewards(log_ratio, penalised, alive, args.kl_coefficient)
         if is_ppo := args.policy_optimizer == "ppo":
-            old_values, lam = value.values(ids, mask, length), args.gae_lambda
-            advantages, returns = generalised_advantages(rewards, old_values, alive, lam)
+            values = in_parts(value, args, ids, mask)[:, -length - 1 : -1]
+            advantages, returns = generalised_advantages(rewards, values, alive, args.gae_lambda)
             advantages = whiten(advantages, alive)
         else:
-            *_, greedy = policy.sample(asked, uniform, temperature=1e-6)
+            *_, ended_greedy, greedy = policy.sample(asked, rng, temperature=1e-6)
             texts = [train_prompts[i] + response for i, response in zip(indices, greedy)]
-            advantages = remax_advantages(rewards, alive, reward.score(share(texts)))
+            greedy_scores = in_parts(reward.score, args, share(texts))
+            greedy_scores -= args.missing_eos_penalty * (1 - ended_greedy)
+            advantages = remax_advantages(rewards, alive, greedy_scores)
 
         statistics = []  # of each minibatch: policy and value loss, approximate KL, share clipped
         size = args.minibatch_size // count if is_ppo else len(ids)
@@ -331,7 +326,7 @@ def main() -> None:
             weights = alive / total(alive[minibatch].sum())
             sums = torch.zeros(4, device=device)
             for part in read.parts(minibatch.start, minibatch.stop, args.micro_batch_size):
-                log_probs = policy.log_probs(ids[part], mask[part], length)
+                log_probs = policy.log_probs(ids[part], mask[part], alive[part])
                 old, advantage = old_log_probs[part], advantages[part]
                 losses, ratio = policy_losses(log_probs, old, advantage, args.clip)
                 (losses * weights[part]).sum().backward()
@@ -351,10 +346,10 @@ def main() -> None:
         names = ("losses/policy", "losses/value", "losses/approx_kl", "losses/clip_fraction")
         row |= dict(zip(names, torch.stack(statistics).mean(0).tolist()))
         columns = {"objective/kl": log_ratio.sum(-1), "objective/scores": scores}
-        columns |= {"objective/entropy": -old_log_probs.sum(-1), "charts/ended_share": has_eos}
+        columns |= {"objective/entropy": -old_log_probs.sum(-1), "charts/ended_share": ended}
         columns |= {"objective/rlhf_reward": rewards.sum(-1)}
         row |= {name: gather(column).mean().item() for name, column in columns.items()}
-        row["charts/reward_updates"], finished = reward_updates, step + 1 == args.ppo_steps
+        finished = step + 1 == args.ppo_steps
         if (step + 1) % args.eval_every == 0 or finished:
             row |= evaluation(step + 1)
         row["charts/wall_seconds"] = log[-1]["charts/wall_seconds"] + time.perf_counter() - started
@@ -373,7 +368,7 @@ def main() -> None:
                 state[f"{name}_optimizer"] = whole(optimizers[name].state_dict())
             read.write_csv(run_dir / "metrics.csv", log)
             read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
-    if rank == 0:
+    if read.writes():
         last = [row for row in log if "eval/kl" in row][-1]
         print(f"final: {summary(last)}; python benchmark/plot.py {run_dir} draws it")
     if dist.is_initialized():
@@ -383,12 +378,12 @@ def main() -> None:
 # ------------------------------------------------------------------------------------- models
 # Every pass of a model goes through its forward, which FSDP2 watches. Dropout is off: models stay
 # in evaluation mode, as from_pretrained returns them.
-def load(kind: str, name: str, args: Args, new_head: bool = False, **kwargs):
+def load(kind: str, name: str, args: Args, **new_head):
     """The float32 model that AutoModelFor<kind> gives, and its tokenizer; no remote code is run.
     ValueError for a folder that lacks a tokenizer or weights (a new head's excepted)."""
-    auto, kwargs["trust_remote_code"] = getattr(transformers, f"AutoModelFor{kind}"), False
-    model, info = auto.from_pretrained(name, output_loading_info=True, **kwargs)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    auto, no_code = getattr(transformers, f"AutoModelFor{kind}"), {"trust_remote_code": False}
+    model, info = auto.from_pretrained(name, output_loading_info=True, **no_code, **new_head)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **no_code)
     body = model.base_model_prefix
     if missing := [key for key in info["missing_keys"] if not new_head or key.startswith(body)]:
         raise ValueError(f"the model {name} lacks {', '.join(missing)[:100]}")
@@ -427,33 +422,28 @@ class Policy(nn.Module):
         name = "cache" if "cache" in out else "past_key_values"  # in older transformers
         return out.logits[:, -length:].float(), {name: out.get(name)}
 
-    def log_probs(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
-        """log π(y_t | x, y_<t) of the last `length` tokens of ids, float32 (rows, length); ids and
-        mask (rows, tokens) hold prompts padded on the left and responses padded on the right."""
+    def log_probs(self, ids: Tensor, mask: Tensor, alive: Tensor) -> Tensor:
+        """log π(y_t | x, y_<t), float32 (rows, N), 0 after the end; ids and mask (rows, P + N) hold
+        prompts padded on the left and responses padded on the right, alive the responses' mask."""
+        length = alive.shape[1]
         logits, _ = self(ids, mask, length + 1)
         log_probs = (logits[:, :-1] / self.args.temperature).log_softmax(-1)
-        return log_probs.gather(-1, ids[:, -length:, None]).squeeze(-1)
+        return log_probs.gather(-1, ids[:, -length:, None]).squeeze(-1) * alive
 
     @torch.no_grad()
-    def score(self, ids: Tensor, mask: Tensor, alive: Tensor) -> Tensor:
-        """The same for what sample gives, without gradients, 0 after the end: (rows, N)."""
-        rows, length = read.parts(0, len(ids), self.args.micro_batch_size), alive.shape[1]
-        return torch.cat([self.log_probs(ids[part], mask[part], length) for part in rows]) * alive
+    def sample(self, prompts: list[list[int]], rng: np.random.Generator, temperature=None):
+        """Prompts with sampled responses, ids and mask (rows, P + N), the responses' mask (rows,
+        N), 1 up to and with the end token, whether there is one (rows,), all of this process's
+        rows; the texts of all rows' responses.
 
-    @torch.no_grad()
-    def sample(
-        self, prompts: list[list[int]], uniform: np.ndarray, temperature: float | None = None
-    ):
-        """Prompts with sampled responses, ids and mask (rows, P + N), and the responses' mask
-        (rows, N), 1 up to and with the end token, of this process's rows; the texts of all rows'.
-
-        uniform (rows, N) in [0, 1) holds the randomness: token t is where the cumulative
-        probability passes it, so no row depends on its batch. All processes end together.
+        Token t is where the cumulative probability passes a number of the rng's, of which there are
+        N a row however early it ends: no row depends on its batch. All processes end together.
         """
+        uniform = torch.from_numpy(share(rng.random((len(prompts), self.args.response_length))))
         ids, mask = (x.to(self.lm.device) for x in read.pad(share(prompts), left=True))
         token, cache, width = ids, {}, ids.shape[1]
         ended = torch.zeros_like(ids[:, :1], dtype=torch.bool)
-        for u in torch.from_numpy(share(uniform)).to(ids.device).unbind(1):
+        for u in uniform.to(ids.device).unbind(1):
             logits, cache = self(token, mask, 1, cache)
             logits = logits[:, -1] / (temperature or self.args.temperature)
             cumulative = logits.softmax(-1).double().cumsum(-1)
@@ -465,8 +455,8 @@ class Policy(nn.Module):
                 break
         responses, alive = ids[:, width:], mask[:, width:]
         rows = zip(gather(responses).tolist(), gather(alive.sum(-1)).tolist())
-        texts = self.texts.read(prompts, [row[:length] for row, length in rows])
-        return ids, mask, alive, texts
+        texts = self.texts.decode(prompts, [row[:length] for row, length in rows])
+        return ids, mask, alive, ended.squeeze(1).float(), texts
 
 
 class Scorer(nn.Module):
@@ -477,10 +467,10 @@ class Scorer(nn.Module):
         """The head is new where there is none; ValueError if it must be trained."""
         super().__init__()
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        has_head = any("SequenceClassification" in kind for kind in config.architectures or ())
-        kwargs = {} if has_head else {"new_head": True, "num_labels": 1}
-        self.model, self.tokenizer = load("SequenceClassification", name, args, **kwargs)
-        if trained and not has_head or self.model.config.num_labels > 2:
+        self.has_head = "SequenceClassification" in str(config.architectures)
+        new_head = {} if self.has_head else {"num_labels": 1}
+        self.model, self.tokenizer = load("SequenceClassification", name, args, **new_head)
+        if trained and not self.has_head or self.model.config.num_labels > 2:
             raise ValueError(f"{name} has no trained head of one or two outputs: no reward model")
         self.args = replace(args, dtype="float32") if trained else args  # a judge is exact
         self.vocabulary = self.tokenizer.get_vocab()
@@ -506,24 +496,19 @@ class Scorer(nn.Module):
         first = logits[..., 0].float() if logits.shape[-1] == 2 else 0.0  # two outputs: log-odds
         return logits[..., -1].float() - first - self.offset
 
-    def of(self, texts: list[str]) -> Tensor:
+    def score(self, texts: list[str]) -> Tensor:
         """R of texts: (texts,); of a text that is too long the end is read."""
         rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         rows = [self.prefix + row[-self.limit :] + self.suffix or [0] for row in rows]
         ids, mask = (x.to(self.offset.device) for x in read.pad(rows))
         return self(ids, mask).gather(1, mask.sum(-1, keepdim=True) - 1).squeeze(-1)
 
-    @torch.no_grad()
-    def score(self, texts: list[str]) -> Tensor:
-        """The same without gradients."""
-        rows = read.parts(0, len(texts), self.args.micro_batch_size)
-        return torch.cat([self.of(texts[part]) for part in rows])
 
-    @torch.no_grad()
-    def values(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
-        """V of the states in which the last `length` tokens are chosen: (rows, length)."""
-        rows = read.parts(0, len(ids), self.args.micro_batch_size)
-        return torch.cat([self(ids[part], mask[part]) for part in rows])[:, -length - 1 : -1]
+@torch.no_grad()
+def in_parts(function, args: Args, *rows) -> Tensor:
+    """function(*rows) without gradients, of micro_batch_size rows at a time."""
+    parts = read.parts(0, len(rows[0]), args.micro_batch_size)
+    return torch.cat([function(*(x[part] for x in rows)) for part in parts])
 
 
 def descend(module, optimizer, args: Args, step: int, run_dir: Path, loss: Tensor) -> None:
@@ -538,25 +523,23 @@ def descend(module, optimizer, args: Args, step: int, run_dir: Path, loss: Tenso
 # Process r of n holds rows r, r + n, r + 2n ... of every batch and a share of every model's
 # weights (FSDP2). Gradients are summed, so losses are divided by what all processes hold. All make
 # the same number of forward passes.
-def start_processes(args: Args) -> tuple[torch.device, int, int]:
-    """This process's device and rank, and how many there are."""
+def start_processes(args: Args) -> tuple[torch.device, int]:
+    """This process's device, and how many processes there are."""
     transformers.logging.set_verbosity_error()  # a new head is no news
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    count = int(os.environ.get("WORLD_SIZE", 1))
     if count > 1:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # this process's "cuda"
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     began = gather(torch.tensor([time.time_ns()], device=device))[0]  # the same in every process
     args.run_name = args.run_name or f"llm__{SCRIPT[:-3]}__{args.seed}__{began}"
-    sizes = args.reward_batch_size, args.minibatch_size, args.eval_prompts
-    if any(size % count for size in sizes):
+    if any(x % count for x in (args.reward_batch_size, args.minibatch_size, args.eval_prompts)):
         raise ValueError(f"batches and --eval-prompts must be multiples of {count} processes")
-    return device, rank, count
+    return device, count
 
 
 def share(rows):
@@ -578,11 +561,10 @@ def total(x: Tensor) -> Tensor:
     return gather(x[None]).sum(0)
 
 
-def shard(module: nn.Module) -> None:
+def shard(module: nn.Module, device: torch.device) -> None:
     """Share out the parameters, block by block; each is gathered whole where it is used."""
     if dist.is_initialized():
-        kind, count = next(module.parameters()).device.type, dist.get_world_size()
-        mesh = dist.init_device_mesh(kind, (count,))
+        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
         for part in (*blocks(module), module):
             fully_shard(part, mesh=mesh)
             part.set_force_sum_reduction_for_comms(True)
@@ -590,8 +572,8 @@ def shard(module: nn.Module) -> None:
 
 
 def whole(state):
-    """A state with whole tensors in the place of shared out ones: on the CPU of process 0, which
-    writes them, and without memory or numbers (meta) in the others."""
+    """A state with its shards put together: on the CPU of process 0, which writes them, and without
+    memory or numbers (meta) in the others."""
     where = "cpu" if read.writes() else "meta"
     return tree_map_only(DTensor, lambda x: x.full_tensor().to(where), state)
 
@@ -609,25 +591,22 @@ def load_optimizer(optimizer, state: dict) -> None:
 # --------------------------------------------------------------------------- evaluate and save
 def evaluate(models, held_out, args: Args, run_dir: Path, step: int) -> dict[str, float]:
     """Means over held-out prompts, printed with samples: the only reader of the ground truth."""
-    (policy, reference, base, reward, judge), (prompts, prompt_ids) = models, held_out
-    uniform = np.random.default_rng(10_000).random((len(prompts), args.response_length))
-    ids, mask, alive, responses = policy.sample(prompt_ids, uniform)
-    log_probs = policy.score(ids, mask, alive)
-    kl, kl_base = ((log_probs - x.score(ids, mask, alive)).sum(-1) for x in (reference, base))
+    (policy, _, _, reward, judge), (prompts, prompt_ids) = models, held_out
+    ids, mask, alive, _, responses = policy.sample(prompt_ids, np.random.default_rng(10_000))
+    log_probs, *others = (in_parts(x.log_probs, args, ids, mask, alive) for x in models[:3])
+    kl, kl_base = ((log_probs - other).sum(-1) for other in others)
     scores = {"kl": kl, "kl_base": kl_base, "response_length": alive.sum(-1).float()}
     texts = share([x + y for x, y in zip(prompts, responses)])
-    scores["learned_score"] = reward.score(texts)
+    scores["learned_score"] = in_parts(reward.score, args, texts)
     scores = {name: gather(x).cpu() for name, x in scores.items()}
     row = {f"eval/{name}": x.mean().item() for name, x in scores.items()}
     if judge:
-        scores["gt_score"] = truth = gather(judge.score(texts)).cpu()
+        scores["gt_score"] = truth = gather(in_parts(judge.score, args, texts)).cpu()
         row |= {"eval/gt_score": truth.mean().item(), "eval/gt_score_std": truth.std().item()}
         ranks = torch.stack([scores["learned_score"], truth]).argsort().argsort().double()
         row["eval/reward_correlation"] = torch.corrcoef(ranks)[0, 1].item()  # Spearman's
-    columns = {"prompt": prompts, "response": responses}
-    columns |= {name: x.tolist() for name, x in scores.items()}
     path = None if args.evaluate else run_dir / "samples.jsonl"
-    read.write_samples(path, f"after {step} steps: {summary(row)}", columns)
+    read.write_samples(path, f"after {step} steps: {summary(row)}", prompts, responses, scores)
     return row
 
 
@@ -658,10 +637,8 @@ def parse_args() -> tuple[Args, dict]:
     read.check_numbers(args, MAY_BE_ZERO)
     if args.demo_weight == args.preference_weight == 0:
         raise ValueError("--demo-weight and --preference-weight are 0: there is nothing to learn")
-    if args.gae_lambda > 1:
-        raise ValueError("--gae-lambda must be at most 1")
-    if args.batch_size % args.minibatch_size:
-        raise ValueError("--batch-size must be a multiple of --minibatch-size")
+    if args.gae_lambda > 1 or args.batch_size % args.minibatch_size:
+        raise ValueError("--gae-lambda is at most 1, --batch-size a multiple of --minibatch-size")
     return args, state
 
 

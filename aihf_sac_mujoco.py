@@ -191,8 +191,7 @@ def main() -> None:
         shortest = play(env, actor, range(3), rng=np.random.default_rng(0))[2].min().item()
         can_fall = shortest < env.spec.max_episode_steps  # and so end an episode
         args.reward_range = args.reward_range or ((0.0, 4.0) if can_fall else (-10.0, 10.0))
-        if args.demos_in_replay is None:
-            args.demos_in_replay = can_fall
+        args.demos_in_replay = can_fall if args.demos_in_replay is None else args.demos_in_replay
         all_obs = np.concatenate([tier.obs for tier in tiers.values()])
         reward = Reward(all_obs, act_dim, args.hidden, args.reward_range).to(device)
         reward_optimizer = torch.optim.Adam(reward.parameters())
@@ -209,7 +208,8 @@ def main() -> None:
         if state:
             if state["data_hash"] != data_hash:
                 raise ValueError(f"the run learned from other data than {data_dir} now holds")
-            tree_map(Tensor.copy_, sac, state["sac"])
+            fixed = {"beta": sac["beta"]} if args.entropy_coefficient else {}  # not learned
+            tree_map(Tensor.copy_, sac, state["sac"] | fixed)
             for name, learned in modules.items():
                 learned.load_state_dict(state[name])
             replay[demo_steps : demo_steps + len(state["replay"])] = state["replay"]
@@ -290,7 +290,7 @@ def main() -> None:
             reward_optimizer.zero_grad()
             (-objective).backward()  # Adam descends
             reward_optimizer.step()
-        read.check_finite(step, run_dir, reward_objective=objective)
+        read.check_finite(step, run_dir, objective=objective, **dict(reward.named_parameters()))
 
         # ======================================================================= LOG and EVALUATE
         iteration, finished = log[-1]["charts/iteration"] + 1, step >= last_step
@@ -364,14 +364,13 @@ def init_sac(actor: Actor, critics: Critics, beta: float) -> dict[str, dict[str,
     """What an update changes in place, {"actor": {name: parameter}, ...}, sharing the modules'
     memory: these always hold the latest policy."""
     sac = {"actor": dict(actor.named_parameters()), "critics": dict(critics.named_parameters())}
-    device = actor.net[0].weight.device
-    sac["beta"] = {"log": torch.tensor(math.log(beta), device=device)}
+    sac["beta"] = {"log": torch.tensor(math.log(beta), device=actor.net[0].weight.device)}
     sac = {net: {key: p.detach() for key, p in params.items()} for net, params in sac.items()}
     for net in list(sac):  # Adam's moments
         for moment in ("mean", "square"):
             sac[f"{net}_{moment}"] = {key: torch.zeros_like(p) for key, p in sac[net].items()}
     sac["targets"] = {key: p.clone() for key, p in sac["critics"].items()}
-    sac["updates"] = {"count": torch.tensor(0.0, device=device)}
+    sac["updates"] = {"count": torch.zeros_like(sac["beta"]["log"])}
     return sac
 
 
@@ -443,7 +442,7 @@ def compile_update(update, sac: dict, obs_dim: int, act_dim: int, n: int):
 # --------------------------------------------------------------------------- play and evaluate
 def make_env(env_id: str) -> gym.Env:
     """A robot, actions scaled to [-1, 1]; ValueError on an environment that does not fit."""
-    gym.logger.min_level = gym.logger.ERROR  # v4 is called out of date at every make
+    gym.logger.min_level = gym.logger.ERROR  # it warns of v4 at every make
     env = gym.make(env_id, disable_env_checker=True)
     spaces = env.observation_space, env.action_space
     vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
@@ -512,7 +511,8 @@ def parse_args() -> tuple[Args, dict]:
     low, high = args.reward_range or (0.0, 1.0)
     if args.gamma >= 1 or args.tau > 1 or not -math.inf < low < high < math.inf:
         raise ValueError("--gamma must be below 1, --tau at most 1, --reward-range ascending")
-    args.run_name = args.run_name or f"{args.env}__{SCRIPT[:-3]}__{args.seed}__{time.time_ns()}"
+    name = Path(args.env).name  # without the namespace
+    args.run_name = args.run_name or f"{name}__{SCRIPT[:-3]}__{args.seed}__{time.time_ns()}"
     return args, state
 
 

@@ -205,8 +205,8 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         env = make_env(args.env)
         (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
         args.total_timesteps = args.total_timesteps or 100_000 * act_dim
-        name = f"{args.env}__{SCRIPT[:-3]}__{args.seed}__{time.time_ns()}"
-        args.run_name = args.run_name or name
+        name = Path(args.env).name  # without the namespace
+        args.run_name = args.run_name or f"{name}__{SCRIPT[:-3]}__{args.seed}__{time.time_ns()}"
 
         data_dir = Path(args.data_dir or f"data_gen/assets/mujoco/{args.env}")
         tiers = {t: read.episodes(data_dir / f"{t}.npz", env) for t in ("high", "medium", "low")}
@@ -228,8 +228,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         shortest = play(env, actor, range(3), rng=np.random.default_rng(0))[2].min().item()
         can_fall = shortest < env.spec.max_episode_steps  # and so end an episode
         args.reward_range = args.reward_range or ((0.0, 4.0) if can_fall else (-10.0, 10.0))
-        if args.demos_in_replay is None:
-            args.demos_in_replay = can_fall
+        args.demos_in_replay = can_fall if args.demos_in_replay is None else args.demos_in_replay
         all_obs = np.concatenate([tier.obs for tier in tiers.values()])
         reward = Reward(all_obs, act_dim, args.hidden, args.reward_range).to(device)
         widths = (obs_dim, act_dim, obs_dim, 1)  # a transition: s, a, s', whether it ended there
@@ -242,9 +241,8 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         if state:
             if state["data_hash"] != data_hash:
                 raise ValueError(f"the run learned from other data than {data_dir} now holds")
-            tree_map(Tensor.copy_, sac, state["sac"])
-            if args.kl_coefficient:  # then β is a setting and no state: a flag given now wins
-                sac["beta"]["log"].fill_(math.log(args.kl_coefficient))
+            fixed = {"beta": sac["beta"]} if args.kl_coefficient else {}  # not learned
+            tree_map(Tensor.copy_, sac, state["sac"] | fixed)
             averaged.load_state_dict(state["averaged"])
             reward.load_state_dict(state["reward"])
             replay[demo_steps : demo_steps + len(state["replay"])] = state["replay"]
@@ -331,7 +329,6 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
     last_step = 0 if args.evaluate else args.total_timesteps
     if args.compile and step < last_step:
         update = compile_update(update, sac, obs_dim, act_dim, args.batch_size)
-    r_demos = reward(data["high"]).mean().item()
     bar = tqdm(total=last_step, initial=step, desc=args.env, unit="step", disable=last_step == 0)
 
     while step < last_step:
@@ -363,12 +360,8 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
 
         # ======================================================================= LOG and EVALUATE
         iteration, finished = iteration + 1, step >= last_step
-        recent = replay[demo_steps + first_step : demo_steps + step, : obs_dim + act_dim]
-        with torch.no_grad():
-            r_policy = reward(reward.features(*np.split(recent, [obs_dim], axis=1)))
         row = dict(zip(LOSSES, losses.tolist()))
-        row |= {"reward/demonstrations": r_demos, "reward/policy": r_policy.mean().item()}
-        row |= {"reward/gap": r_demos - row["reward/policy"], "reward/max": r_policy.max().item()}
+        row["reward/policy"] = rewards.mean().item()  # over the last updates' batches
         row["charts/SPS"] = (step - first_step) / (time.perf_counter() - started)
         if iteration % args.eval_every == 0 or finished:
             row |= evaluate(env, averaged.module, args.eval_episodes, reward)
@@ -449,14 +442,13 @@ def init_sac(actor: Actor, critics: Critics, beta: float) -> dict[str, dict[str,
     """What an update changes in place, {"actor": {name: parameter}, ...}, sharing the modules'
     memory: these always hold the latest policy."""
     sac = {"actor": dict(actor.named_parameters()), "critics": dict(critics.named_parameters())}
-    device = actor.net[0].weight.device
-    sac["beta"] = {"log": torch.tensor(math.log(beta), device=device)}
+    sac["beta"] = {"log": torch.tensor(math.log(beta), device=actor.net[0].weight.device)}
     sac = {net: {key: p.detach() for key, p in params.items()} for net, params in sac.items()}
     for net in list(sac):  # Adam's moments
         for moment in ("mean", "square"):
             sac[f"{net}_{moment}"] = {key: torch.zeros_like(p) for key, p in sac[net].items()}
     sac["targets"] = {key: p.clone() for key, p in sac["critics"].items()}
-    sac["updates"] = {"count": torch.tensor(0.0, device=device)}
+    sac["updates"] = {"count": torch.zeros_like(sac["beta"]["log"])}
     return sac
 
 
@@ -538,7 +530,7 @@ def compile_update(update, sac: dict, obs_dim: int, act_dim: int, n: int):
 # --------------------------------------------------------------------------- play and evaluate
 def make_env(env_id: str) -> gym.Env:
     """A robot, actions scaled to [-1, 1]; ValueError on an environment that does not fit."""
-    gym.logger.min_level = gym.logger.ERROR  # v4 is called out of date at every make
+    gym.logger.min_level = gym.logger.ERROR  # it warns of v4 at every make
     env = gym.make(env_id, disable_env_checker=True)
     spaces = env.observation_space, env.action_space
     vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
@@ -666,14 +658,13 @@ def sft_losses(policy, demos: list[tuple[list[int], list[int]]]) -> Tensor:
     prompts, completions = zip(*demos)
     x, y = read.pad(prompts, left=True), read.pad(completions)
     ids, mask = (torch.cat(z, 1).to(policy.lm.device) for z in zip(x, y))
-    length = y[0].shape[1]
-    return -(policy.log_probs(ids, mask, length) * mask[:, -length:]).sum(-1, keepdim=True)
+    return -policy.log_probs(ids, mask, mask[:, -y[0].shape[1] :]).sum(-1, keepdim=True)
 
 
 def preference_losses(reward, pairs: list[tuple[str, str, str]]) -> Tensor:
     """-log σ(R(τ_w) - R(τ_l)) of (11), and what else is logged of held-out pairs: (rows, 5)."""
     texts = [pair[0] + pair[side] for side in (1, 2) for pair in pairs]
-    chosen, rejected = reward.of(texts).chunk(2)
+    chosen, rejected = reward.score(texts).chunk(2)
     margins = chosen - rejected
     return torch.stack([-F.logsigmoid(margins), chosen, rejected, margins, margins > 0], 1)
 
@@ -716,11 +707,10 @@ def llm(args: LlmArgs, state: dict) -> None:
     with read.input_errors():  # around set-up: what is wrong with the input is said in one line
         may_be_zero = "seed num_demonstrations num_preferences kl_coefficient missing_eos_penalty"
         read.check_numbers(args, may_be_zero)
-        if args.gae_lambda > 1:
-            raise ValueError("--gae-lambda must be at most 1")
-        if args.batch_size % args.minibatch_size:
-            raise ValueError("--batch-size must be a multiple of --minibatch-size")
-        device, rank, count = start_processes(args)
+        if args.gae_lambda > 1 or args.batch_size % args.minibatch_size:
+            limits = "--gae-lambda is at most 1, --batch-size a multiple of --minibatch-size"
+            raise ValueError(limits)
+        device, count = start_processes(args)
 
         # What is learned, a copy of what did best in stages 1 and 2, and what is not learned
         initial = args.sft_model_path or args.model_name_or_path
@@ -731,26 +721,23 @@ def llm(args: LlmArgs, state: dict) -> None:
         torch.manual_seed(args.seed)  # of new heads
         reward = Scorer(args.reward_model_path or args.model_name_or_path, args)
         best_reward = copy.deepcopy(reward)
-        reward_is_given = "SequenceClassification" in str(reward.model.config.architectures)
         critic_from_reward = reward.is_decoder and reward.vocabulary == policy.vocabulary
         value = best_reward if critic_from_reward else Scorer(initial, args)
         judge = Scorer(args.ground_truth_path, args, True) if args.ground_truth_path else None
 
         # The data: demonstrations and preferences where a stage reads them, and prompts
         demos, pairs, demo_ids, completions = [], [], [], []
-        if not (args.sft_model_path and reward_is_given):
-            columns = ("prompt", "completion")
-            demos = read.rows(args.demonstrations, columns, args.num_demonstrations)
+        if not (args.sft_model_path and reward.has_head):
+            demos = read.rows(args.demonstrations, "prompt completion", args.num_demonstrations)
             demo_ids = policy.texts.prompts([x for x, _ in demos], args.demonstrations)
             completions = policy.texts.responses(demos, args.demonstrations)
         if args.append_eos:
             end, most = policy.texts.eos_id, args.response_length
             completions = [(y if y[-1] == end else [*y, end])[:most] for y in completions]
-        if not reward_is_given:
-            columns = ("prompt", "chosen", "rejected")
-            pairs = read.rows(args.preferences, columns, args.num_preferences)
+        if not reward.has_head:
+            pairs = read.rows(args.preferences, "prompt chosen rejected", args.num_preferences)
             policy.texts.check_pairs(pairs, args.preferences)
-        prompts = [prompt for (prompt,) in read.rows(args.prompts, ("prompt",))]
+        prompts = [prompt for (prompt,) in read.rows(args.prompts, "prompt")]
         prompt_ids, n = policy.texts.prompts(prompts, args.prompts), args.eval_prompts
         if len(prompts) <= n:
             raise ValueError(f"{args.prompts} has too few rows for --eval-prompts {n}")
@@ -768,7 +755,7 @@ def llm(args: LlmArgs, state: dict) -> None:
         for name in modules if state else ():
             modules[name].load_state_dict(state[name])
         for module in (*modules.values(), base):
-            shard(module.to(device))
+            shard(module.to(device), device)
         learned = {"sft": policy, "rewards": reward, "policy": policy, "value": value}
         optimizers = {k: torch.optim.Adam(x.parameters(), fused=True) for k, x in learned.items()}
         for name in optimizers if state else ():
@@ -779,8 +766,8 @@ def llm(args: LlmArgs, state: dict) -> None:
         run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, f"{SCRIPT} llm")
 
     models = policy, reference, base, reward, judge.to(device) if judge else None
-    held_out_prompts = prompts[-n:], prompt_ids[-n:]
-    evaluation = partial(evaluate_responses, models, held_out_prompts, args, run_dir)
+    held_out = prompts[-n:], prompt_ids[-n:]
+    evaluation = partial(evaluate_responses, models, held_out, args, run_dir)
     if args.evaluate:
         return evaluation(log[-1]["charts/step"])
 
@@ -805,7 +792,7 @@ def llm(args: LlmArgs, state: dict) -> None:
         (train, held_out), optimizer = (part.tolist() for part in split), optimizers[name]
         steps = max(1, math.ceil(epochs * len(train) / size))
         started, train_losses = time.perf_counter(), []
-        for step in tqdm(range(first_step, steps), f"{stage}. {name}", disable=rank > 0):
+        for step in tqdm(range(first_step, steps), f"{stage}. {name}", disable=not read.writes()):
             share_left = 1 - step / steps if args.anneal else 1.0
             optimizer.param_groups[0]["lr"] = learning_rate * share_left
             batch = [train[i] for i in read.draw(len(train), size, step, (args.seed, stage))]
@@ -817,10 +804,7 @@ def llm(args: LlmArgs, state: dict) -> None:
             descend(module, optimizer, args, step, run_dir, loss)
             train_losses.append(total(loss).item())
             if (step + 1) % max(1, steps // 10) == 0 or step + 1 == steps:
-                drawn = [rows[i] for i in held_out]
-                batches = read.parts(0, len(drawn), args.micro_batch_size)
-                with torch.no_grad():
-                    columns = torch.cat([losses(module, drawn[part]) for part in batches])
+                columns = in_parts(partial(losses, module), args, [rows[i] for i in held_out])
                 means = (columns.sum(0) / sum(lengths[i] for i in held_out)).tolist()
                 before = [row[f"{name}/held_out_loss"] for row in log if f"{name}/loss" in row]
                 if means[0] < min(before, default=math.inf):
@@ -843,7 +827,7 @@ def llm(args: LlmArgs, state: dict) -> None:
 
     # ================ 2. REWARD MODEL: θ = argmax_θ L2(θ), (11), over preferences (τ_l ≺ τ_w) ~ P
     if stage == 2:
-        if not reward_is_given:
+        if not reward.has_head:
             data = pairs, [1] * len(pairs), splits[1]
             schedule = args.reward_batch_size, args.reward_epochs, args.reward_learning_rate
             learn("rewards", reward, best_reward, preference_losses, *data, *schedule)
@@ -852,9 +836,9 @@ def llm(args: LlmArgs, state: dict) -> None:
 
         started = time.perf_counter()
         if demos:  # R is free up to a constant: let demonstrations be worth 0 on average
-            responses = policy.texts.read(demo_ids, completions)
+            responses = policy.texts.decode(demo_ids, completions)
             texts = [prompt + y for (prompt, _), y in zip(demos, responses)]
-            reward.offset += reward.score(texts).mean()
+            reward.offset += in_parts(reward.score, args, texts).mean()
         if critic_from_reward:
             value.load_state_dict(reward.state_dict())  # the critic begins as the reward
         add_to_log(0, evaluation(0), started)
@@ -862,7 +846,7 @@ def llm(args: LlmArgs, state: dict) -> None:
     # ==================== 3. RL: π = argmax_π E[R] - β KL(π ‖ π_SFT), (4) with θ frozen, by PPO
     rates = {"policy": args.learning_rate, "value": args.value_learning_rate}
 
-    for step in tqdm(range(first_step, args.ppo_steps), "3. PPO", disable=rank > 0):
+    for step in tqdm(range(first_step, args.ppo_steps), "3. PPO", disable=not read.writes()):
         started = time.perf_counter()
         share_left = 1 - step / args.ppo_steps if args.anneal else 1.0
         for name, rate in rates.items():
@@ -871,18 +855,16 @@ def llm(args: LlmArgs, state: dict) -> None:
         # =========================================================================== SAMPLE: y ~ π
         indices = read.draw(len(train_ids), args.batch_size, step, (args.seed, 3))
         asked = [train_ids[i] for i in indices]
-        uniform = np.random.default_rng([args.seed, 4, step])
-        uniform = uniform.random((args.batch_size, args.response_length))
-        ids, mask, alive, responses = policy.sample(asked, uniform)
+        rng = np.random.default_rng([args.seed, 4, step])
+        ids, mask, alive, ended, responses = policy.sample(asked, rng)
         texts = [train_prompts[i] + response for i, response in zip(indices, responses)]
-        length, scores = alive.shape[1], reward.score(share(texts))
-        old_log_probs = policy.score(ids, mask, alive)
-        log_ratio = old_log_probs - reference.score(ids, mask, alive)
-        has_eos = ((ids[:, -length:] == policy.texts.eos_id) * alive).any(-1).float()
-        penalised = scores - args.missing_eos_penalty * (1 - has_eos)
+        length, scores = alive.shape[1], in_parts(reward.score, args, share(texts))
+        old_log_probs = in_parts(policy.log_probs, args, ids, mask, alive)
+        log_ratio = old_log_probs - in_parts(reference.log_probs, args, ids, mask, alive)
+        penalised = scores - args.missing_eos_penalty * (1 - ended)
         rewards = token_rewards(log_ratio, penalised, alive, args.kl_coefficient)
-        old_values, lam = value.values(ids, mask, length), args.gae_lambda
-        advantages, returns = generalised_advantages(rewards, old_values, alive, lam)
+        values = in_parts(value, args, ids, mask)[:, -length - 1 : -1]
+        advantages, returns = generalised_advantages(rewards, values, alive, args.gae_lambda)
         advantages = whiten(advantages, alive)
 
         # ========================================= UPDATE: the clipped objective and V, by Adam
@@ -892,7 +874,7 @@ def llm(args: LlmArgs, state: dict) -> None:
             weights = alive / total(alive[minibatch].sum())
             sums = torch.zeros(4, device=device)
             for part in read.parts(minibatch.start, minibatch.stop, args.micro_batch_size):
-                log_probs = policy.log_probs(ids[part], mask[part], length)
+                log_probs = policy.log_probs(ids[part], mask[part], alive[part])
                 old, advantage = old_log_probs[part], advantages[part]
                 losses, ratio = policy_losses(log_probs, old, advantage, args.clip)
                 (losses * weights[part]).sum().backward()
@@ -909,7 +891,7 @@ def llm(args: LlmArgs, state: dict) -> None:
         names = ("losses/policy", "losses/value", "losses/approx_kl", "losses/clip_fraction")
         row = dict(zip(names, torch.stack(statistics).mean(0).tolist()))
         columns = {"objective/kl": log_ratio.sum(-1), "objective/scores": scores}
-        columns |= {"objective/entropy": -old_log_probs.sum(-1), "charts/ended_share": has_eos}
+        columns |= {"objective/entropy": -old_log_probs.sum(-1), "charts/ended_share": ended}
         columns |= {"objective/rlhf_reward": rewards.sum(-1)}
         row |= {name: gather(column).mean().item() for name, column in columns.items()}
         finished = step + 1 == args.ppo_steps
@@ -922,7 +904,7 @@ def llm(args: LlmArgs, state: dict) -> None:
             save_model(policy.lm, policy.tokenizer, run_dir / "policy")
         if (step + 1) % args.checkpoint_every == 0 or finished:
             save_checkpoint()
-    if rank == 0:
+    if read.writes():
         evaluated = [row for row in log if "eval/kl" in row]
         print(f"final: {summary(evaluated[-1])}; python benchmark/plot.py {run_dir} draws it")
     if dist.is_initialized():
@@ -932,12 +914,12 @@ def llm(args: LlmArgs, state: dict) -> None:
 # ----------------------------------------------------------------------------------------- models
 # Every pass of a model goes through its forward, which FSDP2 watches. Dropout is off: models stay
 # in evaluation mode, as from_pretrained returns them.
-def load(kind: str, name: str, args: LlmArgs, new_head: bool = False, **kwargs):
+def load(kind: str, name: str, args: LlmArgs, **new_head):
     """The float32 model that AutoModelFor<kind> gives, and its tokenizer; no remote code is run.
     ValueError for a folder that lacks a tokenizer or weights (a new head's excepted)."""
-    auto, kwargs["trust_remote_code"] = getattr(transformers, f"AutoModelFor{kind}"), False
-    model, info = auto.from_pretrained(name, output_loading_info=True, **kwargs)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    auto, no_code = getattr(transformers, f"AutoModelFor{kind}"), {"trust_remote_code": False}
+    model, info = auto.from_pretrained(name, output_loading_info=True, **no_code, **new_head)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **no_code)
     body = model.base_model_prefix
     if missing := [key for key in info["missing_keys"] if not new_head or key.startswith(body)]:
         raise ValueError(f"the model {name} lacks {', '.join(missing)[:100]}")
@@ -976,31 +958,28 @@ class Policy(nn.Module):
         name = "cache" if "cache" in out else "past_key_values"  # in older transformers
         return out.logits[:, -length:].float(), {name: out.get(name)}
 
-    def log_probs(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
-        """log π(y_t | x, y_<t) of the last `length` tokens of ids, float32 (rows, length); ids and
-        mask (rows, tokens) hold prompts padded on the left and responses padded on the right."""
+    def log_probs(self, ids: Tensor, mask: Tensor, alive: Tensor) -> Tensor:
+        """log π(y_t | x, y_<t), float32 (rows, N), 0 after the end; ids and mask (rows, P + N) hold
+        prompts padded on the left and responses padded on the right, alive the responses' mask."""
+        length = alive.shape[1]
         logits, _ = self(ids, mask, length + 1)
         log_probs = (logits[:, :-1] / self.args.temperature).log_softmax(-1)
-        return log_probs.gather(-1, ids[:, -length:, None]).squeeze(-1)
+        return log_probs.gather(-1, ids[:, -length:, None]).squeeze(-1) * alive
 
     @torch.no_grad()
-    def score(self, ids: Tensor, mask: Tensor, alive: Tensor) -> Tensor:
-        """The same for what sample gives, without gradients, 0 after the end: (rows, N)."""
-        rows, length = read.parts(0, len(ids), self.args.micro_batch_size), alive.shape[1]
-        return torch.cat([self.log_probs(ids[part], mask[part], length) for part in rows]) * alive
+    def sample(self, prompts: list[list[int]], rng: np.random.Generator):
+        """Prompts with sampled responses, ids and mask (rows, P + N), the responses' mask (rows,
+        N), 1 up to and with the end token, whether there is one (rows,), all of this process's
+        rows; the texts of all rows' responses.
 
-    @torch.no_grad()
-    def sample(self, prompts: list[list[int]], uniform: np.ndarray):
-        """Prompts with sampled responses, ids and mask (rows, P + N), and the responses' mask
-        (rows, N), 1 up to and with the end token, of this process's rows; the texts of all rows'.
-
-        uniform (rows, N) in [0, 1) holds the randomness: token t is where the cumulative
-        probability passes it, so no row depends on its batch. All processes end together.
+        Token t is where the cumulative probability passes a number of the rng's, of which there are
+        N a row however early it ends: no row depends on its batch. All processes end together.
         """
+        uniform = torch.from_numpy(share(rng.random((len(prompts), self.args.response_length))))
         ids, mask = (x.to(self.lm.device) for x in read.pad(share(prompts), left=True))
         token, cache, width = ids, {}, ids.shape[1]
         ended = torch.zeros_like(ids[:, :1], dtype=torch.bool)
-        for u in torch.from_numpy(share(uniform)).to(ids.device).unbind(1):
+        for u in uniform.to(ids.device).unbind(1):
             logits, cache = self(token, mask, 1, cache)
             logits = logits[:, -1] / self.args.temperature
             cumulative = logits.softmax(-1).double().cumsum(-1)
@@ -1012,8 +991,8 @@ class Policy(nn.Module):
                 break
         responses, alive = ids[:, width:], mask[:, width:]
         rows = zip(gather(responses).tolist(), gather(alive.sum(-1)).tolist())
-        texts = self.texts.read(prompts, [row[:length] for row, length in rows])
-        return ids, mask, alive, texts
+        texts = self.texts.decode(prompts, [row[:length] for row, length in rows])
+        return ids, mask, alive, ended.squeeze(1).float(), texts
 
 
 class Scorer(nn.Module):
@@ -1024,10 +1003,10 @@ class Scorer(nn.Module):
         """The head is new where there is none; ValueError if it must be trained."""
         super().__init__()
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        has_head = any("SequenceClassification" in kind for kind in config.architectures or ())
-        kwargs = {} if has_head else {"new_head": True, "num_labels": 1}
-        self.model, self.tokenizer = load("SequenceClassification", name, args, **kwargs)
-        if trained and not has_head or self.model.config.num_labels > 2:
+        self.has_head = "SequenceClassification" in str(config.architectures)
+        new_head = {} if self.has_head else {"num_labels": 1}
+        self.model, self.tokenizer = load("SequenceClassification", name, args, **new_head)
+        if trained and not self.has_head or self.model.config.num_labels > 2:
             raise ValueError(f"{name} has no trained head of one or two outputs: no reward model")
         self.args = replace(args, dtype="float32") if trained else args  # a judge is exact
         self.vocabulary = self.tokenizer.get_vocab()
@@ -1053,24 +1032,19 @@ class Scorer(nn.Module):
         first = logits[..., 0].float() if logits.shape[-1] == 2 else 0.0  # two outputs: log-odds
         return logits[..., -1].float() - first - self.offset
 
-    def of(self, texts: list[str]) -> Tensor:
+    def score(self, texts: list[str]) -> Tensor:
         """R of texts: (texts,); of a text that is too long the end is read."""
         rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         rows = [self.prefix + row[-self.limit :] + self.suffix or [0] for row in rows]
         ids, mask = (x.to(self.offset.device) for x in read.pad(rows))
         return self(ids, mask).gather(1, mask.sum(-1, keepdim=True) - 1).squeeze(-1)
 
-    @torch.no_grad()
-    def score(self, texts: list[str]) -> Tensor:
-        """The same without gradients."""
-        rows = read.parts(0, len(texts), self.args.micro_batch_size)
-        return torch.cat([self.of(texts[part]) for part in rows])
 
-    @torch.no_grad()
-    def values(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
-        """V of the states in which the last `length` tokens are chosen: (rows, length)."""
-        rows = read.parts(0, len(ids), self.args.micro_batch_size)
-        return torch.cat([self(ids[part], mask[part]) for part in rows])[:, -length - 1 : -1]
+@torch.no_grad()
+def in_parts(function, args: LlmArgs, *rows) -> Tensor:
+    """function(*rows) without gradients, of micro_batch_size rows at a time."""
+    parts = read.parts(0, len(rows[0]), args.micro_batch_size)
+    return torch.cat([function(*(x[part] for x in rows)) for part in parts])
 
 
 def descend(module, optimizer, args: LlmArgs, step: int, run_dir: Path, loss: Tensor) -> None:
@@ -1085,25 +1059,24 @@ def descend(module, optimizer, args: LlmArgs, step: int, run_dir: Path, loss: Te
 # Process r of n holds rows r, r + n, r + 2n ... of every batch and a share of every model's
 # weights (FSDP2). Gradients are summed, so losses are divided by what all processes hold. All make
 # the same number of forward passes.
-def start_processes(args: LlmArgs) -> tuple[torch.device, int, int]:
-    """This process's device and rank, and how many there are."""
+def start_processes(args: LlmArgs) -> tuple[torch.device, int]:
+    """This process's device, and how many processes there are."""
     transformers.logging.set_verbosity_error()  # a new head is no news
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    count = int(os.environ.get("WORLD_SIZE", 1))
     if count > 1:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # this process's "cuda"
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     began = gather(torch.tensor([time.time_ns()], device=device))[0]  # the same in every process
     args.run_name = args.run_name or f"llm__{SCRIPT[:-3]}__{args.seed}__{began}"
     batches = args.sft_batch_size, args.reward_batch_size, args.minibatch_size
     if any(size % count for size in (*batches, args.eval_prompts)):
         raise ValueError(f"batches and --eval-prompts must be multiples of {count} processes")
-    return device, rank, count
+    return device, count
 
 
 def share(rows):
@@ -1125,11 +1098,10 @@ def total(x: Tensor) -> Tensor:
     return gather(x[None]).sum(0)
 
 
-def shard(module: nn.Module) -> None:
+def shard(module: nn.Module, device: torch.device) -> None:
     """Share out the parameters, block by block; each is gathered whole where it is used."""
     if dist.is_initialized():
-        kind, count = next(module.parameters()).device.type, dist.get_world_size()
-        mesh = dist.init_device_mesh(kind, (count,))
+        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
         for part in (*blocks(module), module):
             fully_shard(part, mesh=mesh)
             part.set_force_sum_reduction_for_comms(True)
@@ -1137,8 +1109,8 @@ def shard(module: nn.Module) -> None:
 
 
 def whole(state):
-    """A state with whole tensors in the place of shared out ones: on the CPU of process 0, which
-    writes them, and without memory or numbers (meta) in the others."""
+    """A state with its shards put together: on the CPU of process 0, which writes them, and without
+    memory or numbers (meta) in the others."""
     where = "cpu" if read.writes() else "meta"
     return tree_map_only(DTensor, lambda x: x.full_tensor().to(where), state)
 
@@ -1156,26 +1128,23 @@ def load_optimizer(optimizer, state: dict) -> None:
 # ------------------------------------------------------------------------------ evaluate and save
 def evaluate_responses(models, held_out, args: LlmArgs, run_dir: Path, step: int) -> dict:
     """Means over held-out prompts, printed with samples: the only reader of the ground truth."""
-    (policy, reference, base, reward, judge), (prompts, prompt_ids) = models, held_out
-    uniform = np.random.default_rng(10_000).random((len(prompts), args.response_length))
-    ids, mask, alive, responses = policy.sample(prompt_ids, uniform)
-    log_probs = policy.score(ids, mask, alive)
-    kl, kl_base = ((log_probs - x.score(ids, mask, alive)).sum(-1) for x in (reference, base))
+    (policy, _, _, reward, judge), (prompts, prompt_ids) = models, held_out
+    ids, mask, alive, _, responses = policy.sample(prompt_ids, np.random.default_rng(10_000))
+    log_probs, *others = (in_parts(x.log_probs, args, ids, mask, alive) for x in models[:3])
+    kl, kl_base = ((log_probs - other).sum(-1) for other in others)
     scores = {"kl": kl, "kl_base": kl_base, "response_length": alive.sum(-1).float()}
     texts = share([x + y for x, y in zip(prompts, responses)])
-    scores["learned_score"] = reward.score(texts)
+    scores["learned_score"] = in_parts(reward.score, args, texts)
     scores = {name: gather(x).cpu() for name, x in scores.items()}
     row = {f"eval/{name}": x.mean().item() for name, x in scores.items()}
     if judge:
-        scores["gt_score"] = truth = gather(judge.score(texts)).cpu()
+        scores["gt_score"] = truth = gather(in_parts(judge.score, args, texts)).cpu()
         row |= {"eval/gt_score": truth.mean().item(), "eval/gt_score_std": truth.std().item()}
         ranks = torch.stack([scores["learned_score"], truth]).argsort().argsort().double()
         row["eval/reward_correlation"] = torch.corrcoef(ranks)[0, 1].item()  # Spearman's
-    columns = {"prompt": prompts, "response": responses}
-    columns |= {name: x.tolist() for name, x in scores.items()}
     name = "samples.jsonl" if step else "samples_sft.jsonl"
     path = None if args.evaluate else run_dir / name
-    read.write_samples(path, f"after {step} steps: {summary(row)}", columns)
+    read.write_samples(path, f"after {step} steps: {summary(row)}", prompts, responses, scores)
     return row
 
 
@@ -1203,10 +1172,10 @@ def parse_args() -> tuple:
     language = Annotated[LlmArgs, tyro.conf.subcommand("llm")]
     args = tyro.cli(robots | language, description=__doc__.split("\n\n")[0])
     kind, script, run = type(args), f"{SCRIPT} {sys.argv[1]}", args.resume or args.evaluate
-    state = read.checkpoint(run, script) if run else {"args": {}}
+    state = read.checkpoint(run, script) if run else {}
     preset = "" if run else PRESETS.get(getattr(args, "preset", ""), "")
-    args = tyro.cli(kind, default=kind(**state["args"]), args=preset.split() + sys.argv[2:])
-    return args, state if run else {}
+    args = tyro.cli(kind, default=kind(**state.get("args", {})), args=preset.split() + sys.argv[2:])
+    return args, state
 
 
 def main() -> None:

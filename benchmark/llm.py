@@ -306,7 +306,7 @@ if __name__ == "__main__":
                 print(stability(rows, figure, "aihf-ppo", size, data))
     texts = {}
     if (data / "demonstrations.jsonl").exists():
-        demonstrations = read.rows(str(data / "demonstrations.jsonl"), ("completion",), 256)
+        demonstrations = read.rows(str(data / "demonstrations.jsonl"), "completion", 256)
         texts["demonstrations"] = [[completion for (completion,) in demonstrations]]
     for method in dict.fromkeys(row["method"] for row in scores if row["method"] != "random"):
         of = [(row["seed"], row["response"]) for row in scores if row["method"] == method]

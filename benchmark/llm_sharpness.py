@@ -23,7 +23,7 @@ from llm import ROOT, distinct, plus_minus
 from main_job import merge
 
 sys.path.insert(0, str(ROOT))
-from aihf_ppo_llm import Args, Policy, Scorer
+from aihf_ppo_llm import Args, Policy, Scorer, in_parts
 from data_gen import read
 
 ROWS, GAMEABLE = ROOT / "benchmark/results/llm_sharpness.csv", ROOT / "runs/gameable_judge"
@@ -35,7 +35,10 @@ TEMPERATURES = (1.0, 0.7, 0.5)
 def judged(prompts: list[str], responses: list[str], judges: dict) -> dict[str, float]:
     """Means of each judge's scores, and the share of different word pairs."""
     texts = [x + y for x, y in zip(prompts, responses)]
-    row = {name: judge.score(texts).mean().item() for name, judge in judges.items()}
+    row = {
+        name: in_parts(judge.score, judge.args, texts).mean().item()
+        for name, judge in judges.items()
+    }
     return row | {"distinct_bigrams": distinct(responses)}
 
 
@@ -44,7 +47,7 @@ def perplexity(base: Policy, prompt_ids: list, response_ids: list) -> float:
     """exp of the mean negative log-likelihood of a response's token under the base model."""
     x, y = read.pad(prompt_ids, left=True), read.pad(response_ids)
     ids, mask = (torch.cat(z, 1) for z in zip(x, y))
-    log_probs = base.score(ids, mask, y[1])
+    log_probs = in_parts(base.log_probs, base.args, ids, mask, y[1])
     return float((-log_probs.sum() / y[1].sum()).exp())
 
 
@@ -52,9 +55,9 @@ def measure(policy: Policy, base: Policy, judges: dict, prompts: list[str], temp
     """A row's measures: of one response to each prompt, drawn as in the scripts' evaluation."""
     policy.args = Args(temperature=temperature)
     prompt_ids = policy.texts.prompts(prompts, "the prompts")
-    uniform = np.random.default_rng(10_000).random((len(prompts), Args.response_length))
-    ids, mask, alive, texts = policy.sample(prompt_ids, uniform)
-    entropy = -policy.score(ids, mask, alive).sum(-1).mean().item()
+    ids, mask, alive, _, texts = policy.sample(prompt_ids, np.random.default_rng(10_000))
+    log_probs = in_parts(policy.log_probs, policy.args, ids, mask, alive)
+    entropy = -log_probs.sum(-1).mean().item()
     rows = [row[:n] for row, n in zip(ids[:, -alive.shape[1] :].tolist(), alive.sum(-1).tolist())]
     row = judged(prompts, texts, judges) | {"entropy": entropy}
     return row | {"base_perplexity": perplexity(base, prompt_ids, rows)}
@@ -96,7 +99,7 @@ def main() -> None:
     if GAMEABLE.exists():
         judges["gameable_score"] = Scorer(str(GAMEABLE), args, True)
     base = Policy(str(ROOT / args.model_name_or_path), args)
-    prompts = [x for (x,) in read.rows(str(ROOT / args.prompts), ("prompt",))][-args.eval_prompts :]
+    prompts = [x for (x,) in read.rows(str(ROOT / args.prompts), "prompt")][-args.eval_prompts :]
     with open(ROWS, newline="") as file:
         known = [tuple(row[key] for key in KEYS) for row in csv.DictReader(file)]
     todo = {("base", "", "", ""): ROOT / args.model_name_or_path} | policies(ROOT / "runs")
@@ -109,7 +112,7 @@ def main() -> None:
                 new.append(dict.fromkeys(MEASURES, "") | dict(zip(KEYS, key)))
                 new[-1] |= {name: f"{value:.5g}" for name, value in row.items()}
                 print(new[-1], flush=True)
-    demos = read.rows(str(ROOT / args.demonstrations), ("prompt", "completion"), 256)
+    demos = read.rows(str(ROOT / args.demonstrations), "prompt completion", 256)
     row = judged(*map(list, zip(*demos)), judges)
     prompt_ids = base.texts.prompts([x for x, _ in demos], "demonstrations")
     response_ids = base.texts.responses(demos, "demonstrations")

@@ -125,13 +125,13 @@ def measure_trl(what: str, seed: int) -> float:
     settings |= {"report_to": "none", "logging_strategy": "no", "save_strategy": "no"}
     settings |= {"gradient_checkpointing": False, "dataloader_pin_memory": False}
     settings |= {"disable_tqdm": True}
-    prompts = [prompt for (prompt,) in read.rows(ASSETS / "prompts.jsonl", ("prompt",))]
+    prompts = [prompt for (prompt,) in read.rows(ASSETS / "prompts.jsonl", "prompt")]
     with tempfile.TemporaryDirectory() as folder:
         settings["output_dir"] = folder
         if training == "dpo":
             from trl import DPOConfig, DPOTrainer
 
-            pairs = read.rows(ASSETS / "preferences.jsonl", ("prompt", "chosen", "rejected"), 1000)
+            pairs = read.rows(ASSETS / "preferences.jsonl", "prompt chosen rejected", 1000)
             data = Dataset.from_dict(dict(zip(("prompt", "chosen", "rejected"), zip(*pairs))))
             settings |= {"max_length": PROMPT + LENGTH, "beta": 0.1}
             settings["precompute_ref_log_probs"] = what.endswith("precomputed")
@@ -193,12 +193,12 @@ def measure_floor(training: str, repeats: int = 5) -> float:
         return sum(len(row) for row in tokenizer(list(texts))["input_ids"])
 
     if training == "dpo":
-        pairs = read.rows(ASSETS / "preferences.jsonl", ("prompt", "chosen", "rejected"), 1000)
+        pairs = read.rows(ASSETS / "preferences.jsonl", "prompt chosen rejected", 1000)
         columns = zip(*pairs)
         prompts, chosen, rejected = (count(column) * PAIRS // 1000 for column in columns)
         responses = chosen + rejected
         return 3 * products(2 * prompts + responses, responses)
-    demos = list(zip(*read.rows(ASSETS / "demonstrations.jsonl", ("prompt", "completion"), 1000)))
+    demos = list(zip(*read.rows(ASSETS / "demonstrations.jsonl", "prompt completion", 1000)))
     prompts, responses = (count(column) * RESPONSES // 1000 for column in demos)
     written = RESPONSES * (2 if training == "remax" else 1)  # greedy responses too
     sampling = LENGTH * products(written, written) + products(written * prompts // RESPONSES, 0)

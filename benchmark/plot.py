@@ -21,6 +21,7 @@ STEPS = ("charts/sac_steps", "charts/step")  # the first that a run has
 PANELS = {  # column: that of its deviation, and a title; a panel without any number is left out
     "eval/return_mean": ("eval/return_std", "true return"),
     "eval/gt_score": ("eval/gt_score_std", "ground-truth score"),
+    "eval/kl": ("", "KL to the reference"),
     "reward/gap": ("", "reward gap"),
     "reward/preference_accuracy": ("", "preference accuracy"),
     "reward/preference_loss": ("", "preference loss"),

@@ -158,7 +158,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        rows = read.rows(args.data, ("chosen", "rejected"), split=args.split)
+        rows = read.rows(args.data, "chosen rejected", split=args.split)
         dialogues, dropped = parse(rows)
         if len(dialogues) <= args.demonstrations + args.preferences:
             wanted = "too few for --demonstrations, --preferences and prompts"

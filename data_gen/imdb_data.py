@@ -137,7 +137,7 @@ def check_rows(values: list, source: str) -> list:
 
 def labelled(data: str, split: str, tokenizer: Tokenizer) -> tuple[list[np.ndarray], np.ndarray]:
     """Token ids and labels (1 positive, 0 negative) of the labelled reviews of a split."""
-    rows = read.rows(data, ("text",), split=split, unchecked=("label",))
+    rows = read.rows(data, "text", split=split, unchecked="label")
     ids = encode(tokenizer, [clean(text) for text, _ in rows], f"1/3 {split} tokens")
     check_rows(ids, f"{split} of {data}")
     kept = [i for i, (_, label) in enumerate(rows) if label in (0, 1)]
@@ -335,7 +335,7 @@ def pretrain(args: Pretrain, device: torch.device, output_dir: Path, work_dir: P
     with read.input_errors():
         texts = {}
         for split in ("train", "unsupervised", "test"):
-            rows = read.rows(args.data, ("text",), split=split)
+            rows = read.rows(args.data, "text", split=split)
             texts[split] = check_rows([clean(text) for (text,) in rows], f"{split} of {args.data}")
         train_texts = texts["train"] + texts["unsupervised"]
         test_texts = sorted(set(texts["test"]) - set(train_texts))
@@ -520,7 +520,7 @@ def continuations(model, fast, prompts: list[str], length: int, seed: list[int])
     sampling = {"do_sample": True, "top_k": 0, "max_new_tokens": length}
     model.generation_config = transformers.GenerationConfig(**sampling, **ends)
     written = model.generate(ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
-    return texts.read(rows, written)
+    return texts.decode(rows, written)
 
 
 def write_prompts(model, fast, args: Tiers) -> list[str]:
@@ -530,7 +530,7 @@ def write_prompts(model, fast, args: Tiers) -> list[str]:
     rng, plain = np.random.default_rng(args.seed), {"add_special_tokens": False}
     (low, high), most = args.prompt_tokens, 10 + args.prompts // 20
     if args.data:
-        reviews = [clean(text) for (text,) in read.rows(args.data, ("text",))]
+        reviews = [clean(text) for (text,) in read.rows(args.data, "text")]
         reviews = [reviews[i][:1000] for i in rng.permutation(len(reviews))]
     for batch in tqdm(range(most), desc="1/4 prompts, at most", unit="256 reviews"):
         if len(prompts) >= args.prompts:

@@ -29,8 +29,8 @@ from tqdm import tqdm
 @contextmanager
 def input_errors():
     """Around a script's set-up: whatever goes wrong is one line on stderr and exit code 2. The loop
-    stays outside: a mistake in it keeps its traceback. What a console cannot encode of the texts
-    of data and models is shown replaced from here on."""
+    stays outside: a mistake in it keeps its traceback. From here on characters that the console
+    cannot encode are printed as "?"."""
     for stream in (sys.stdout, sys.stderr):
         getattr(stream, "reconfigure", lambda errors: None)(errors="replace")
     try:
@@ -59,7 +59,9 @@ def check_numbers(args, may_be_zero: str, unchecked: str = "") -> None:
 
 def check_finite(step: int, run_dir: Path, **tensors) -> None:
     """SystemExit with one line that names the first tensor holding NaN or infinity."""
-    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]  # all are asked
+    bad = [
+        name for name, tensor in tensors.items() if not tensor.isfinite().all()
+    ]  # in every process alike
     if bad:
         where = f"at step {step}; the last good state is in {run_dir}"
         raise SystemExit(f"\nerror: {bad[0]} is not finite {where}")
@@ -72,8 +74,8 @@ def writes() -> bool:
 
 
 def write_whole(path: Path, write) -> None:
-    """write(path) to a neighbour of a unique name, a file or folder, flushed to disk and renamed:
-    a reader sees the old one or the new. SystemExit with one line if the disk is full, say."""
+    """Calls write on a temporary path beside this one, makes sure that what it wrote, a file or a
+    folder, is on disk, and renames it. SystemExit with one line if the disk is full, say."""
     if not writes():
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -110,16 +112,17 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     write_whole(path, lambda path: path.write_text("\n".join([",".join(columns), *lines, ""])))
 
 
-def write_samples(path: Path | None, title: str, columns: dict[str, list]) -> None:
-    """Prints a title and the first three of a table's rows of prompt, response and last column, a
-    score; all rows go to a file .jsonl, if there is a path."""
+def write_samples(path: Path | None, title: str, prompts, responses, scores: dict) -> None:
+    """Prints a title and the first three rows of prompt, response and the last of the scores; all
+    rows go to a file .jsonl, if there is a path."""
     if not writes():
         return
     tqdm.write(title)
-    samples = [dict(zip(columns, values)) for values in zip(*columns.values())]
-    for prompt, response, *_, score in list(zip(*columns.values()))[:3]:
+    rows = list(zip(prompts, responses, *(x.tolist() for x in scores.values())))
+    for prompt, response, *_, score in rows[:3]:
         tqdm.write(f"  {score:6.2f} | {' '.join(f'{prompt[-60:]} >> {response}'.split())[:160]}")
-    lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+    names = ("prompt", "response", *scores)
+    lines = "".join(json.dumps(dict(zip(names, row))) + "\n" for row in rows)
     if path:
         write_whole(path, lambda path: path.write_text(lines))
 
@@ -299,10 +302,11 @@ def _segment(row: dict, side: str, tiers: dict[str, Episodes], least: int) -> tu
 
 
 # -------------------------------------------------------------------------------------- texts
-def rows(name: str, columns: tuple, count: int = 0, split: str = "train", unchecked: tuple = ()):
-    """The text under these columns, and what is under unchecked ones, as tuples, of the first
+def rows(name: str, columns: str, count: int = 0, split: str = "train", unchecked: str = ""):
+    """Tuples: the texts under these columns, then whatever is under unchecked ones, of the first
     `count` rows (0: of all), from a file .jsonl(.gz), from {split}.jsonl(.gz) in a folder, or from
     a data set of the hub."""
+    columns, unchecked = columns.split(), unchecked.split()
     path = Path(name)  # rather than a hub id, which is `name` or `owner/name`
     is_local = path.exists() or name[:1] in "./~" or name.count("/") > 1 or ".json" in name
     if path.is_dir():
@@ -355,7 +359,7 @@ class Texts:
             raise ValueError(f"{tokenizer.name_or_path} has no end-of-text token")
 
     def ids(self, texts: list[str], name: str) -> list[list[int]]:
-        """Token ids of each text, at least one, with no special token but what it spells out."""
+        """Token ids of each text, at least one; special ones only where a text spells them out."""
         found = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         if not all(found):
             raise ValueError(f"{name} row {found.index([]) + 1}: a text becomes no token")
@@ -384,7 +388,7 @@ class Texts:
         if equal and writes():
             print(f"{name}: {equal} of {len(pairs)} pairs have equal responses and teach nothing")
 
-    def read(self, prompts: list[list[int]], responses: list[list[int]]) -> list[str]:
+    def decode(self, prompts: list[list[int]], responses: list[list[int]]) -> list[str]:
         """The responses' texts: prompt and response decoded together, without the prompt."""
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         before = self.tokenizer.batch_decode(prompts, **options)

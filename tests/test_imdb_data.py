@@ -124,7 +124,7 @@ def test_language_model_manifest(model, data):
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     network = transformers.AutoModelForCausalLM.from_pretrained(model)
     assert manifest["parameters"] == sum(p.numel() for p in network.parameters())
-    rows = read.rows(str(data), ("text",), split="test")
+    rows = read.rows(str(data), "text", split="test")
     texts = sorted({imdb_data.clean(text) for (text,) in rows})
     nll, count = 0.0, 0
     with torch.no_grad():
@@ -402,7 +402,7 @@ def test_prompts_of_real_reviews(tmp_path, monkeypatch, data, model, judge):
     folder = make("tiers", tmp_path, model=model, classifier=judge, data=data, prompt_tokens=(4, 9))
     prompts = [json.loads(line)["prompt"] for line in open(folder / "prompts.jsonl")]
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    reviews = [imdb_data.clean(text) for (text,) in read.rows(str(data), ("text",))]
+    reviews = [imdb_data.clean(text) for (text,) in read.rows(str(data), "text")]
     for prompt in prompts:
         assert any(review.startswith(prompt) for review in reviews)
         assert 4 <= len(tokenizer(prompt)["input_ids"]) <= 9

@@ -347,9 +347,11 @@ def reference_ppo_step(nets, prompts, indices, uniform, rates, flags, vocabulary
                     advantage += flags["gae_lambda"] ** (j - t) * delta
                 advantages.append(advantage)
         else:
-            greedy = words.text(policy.sample(x, u, 1e-6))
+            greedy = policy.sample(x, u, 1e-6)
             with torch.no_grad():
-                baseline = reward_of(nets["reward"], prompts[i] + greedy, vocabulary).item()
+                text = prompts[i] + words.text(greedy)
+                baseline = reward_of(nets["reward"], text, vocabulary).item()
+            baseline -= 0 if greedy[-1] == EOS else flags["missing_eos_penalty"]
             advantages = [sum(rewards[t:]) - baseline for t in range(n)]
         returns = [a + v for a, v in zip(advantages, values)]
         row = {"x": x, "y": y, "old": old, "advantages": advantages, "returns": returns}
@@ -572,15 +574,21 @@ def padded() -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.cat(parts, 1) for parts in zip(*sides))
 
 
+def numbers(uniform: np.ndarray) -> types.SimpleNamespace:
+    """In the place of a generator, whose next numbers these are."""
+    return types.SimpleNamespace(random=lambda shape: uniform)
+
+
 def sampled(script, policy, uniform: np.ndarray, *temperature: float) -> list[list[int]]:
-    found = policy.sample(PROMPTS, uniform, *temperature)
+    found = policy.sample(PROMPTS, numbers(uniform), *temperature)
     if isinstance(found, list):  # DPO's
         return found
-    ids, mask, alive, texts = found
+    ids, mask, alive, ended, texts = found
     n = alive.shape[1]
     assert torch.equal(mask[:, -n:], alive) and torch.equal(ids[:, :-n], padded()[0][:, :-4])
     rows = [row[:length] for row, length in zip(ids[:, -n:].tolist(), alive.sum(-1).tolist())]
-    assert texts == policy.texts.read(PROMPTS, rows)
+    assert texts == policy.texts.decode(PROMPTS, rows)
+    assert ended.tolist() == [row[-1] == EOS for row in rows]
     return rows
 
 
@@ -592,9 +600,10 @@ def test_padding_changes_no_log_prob(tmp_path, script, kind):
     changes = {"temperature": 0.7} if has_temperature else {}
     policy = make_policy(script, tmp_path, kind, **changes)
     if has_temperature:
-        found = policy.log_probs(*padded(), 4)
-        ended = padded()[1][:, -4:]
-        torch.testing.assert_close(policy.score(*padded(), ended), found * ended)
+        rows = *padded(), padded()[1][:, -4:]
+        found = policy.log_probs(*rows)
+        assert not found[rows[-1] == 0].any()
+        torch.testing.assert_close(script.in_parts(policy.log_probs, policy.args, *rows), found)
     else:
         rows = list(zip(PROMPTS, RESPONSES))
         found = policy.log_probs(rows)
@@ -637,12 +646,12 @@ def test_sampling_goes_on_until_all_processes_have_ended(tmp_path, script):
     while len(passes) in (0, 6):  # until a response has ended early
         passes.clear()
         uniform = uniforms.random((1, 6))
-        alone = policy.sample(PROMPTS[:1], uniform)
+        alone = policy.sample(PROMPTS[:1], numbers(uniform))
     passes.clear()
     going_on = {"total": lambda x: x + 1, "gather": lambda x: x if x.dtype.is_signed else x ^ x}
     name = "gather" if script is dpo else "total"  # another one's row has not ended
     with mock.patch.object(script, name, going_on[name]):
-        found = policy.sample(PROMPTS[:1], uniform)
+        found = policy.sample(PROMPTS[:1], numbers(uniform))
     assert len(passes) == 6 and (found if script is dpo else found[-1]) == (
         alone if script is dpo else alone[-1]
     )
@@ -690,8 +699,6 @@ def test_scores_are_the_classifiers(tmp_path, script, kind, labels):
         left, right = read.pad(rows, left=True), read.pad(rows)
         found = scorer(*right)
         torch.testing.assert_close(scorer(*left)[1, -2:], found[1, :2], atol=1e-4, rtol=1e-4)
-        values = scorer.values(*left, 2)
-        torch.testing.assert_close(values[0], found[0, 1:3], atol=1e-4, rtol=1e-4)
 
 
 @having("Policy")
@@ -756,13 +763,13 @@ def test_a_response_is_read_and_taught_as_it_was_written(kind, template):
         rows += [("a film", "s. Then a plot"), ("a film", ". Then")]
     prompts = texts.prompts([x for x, _ in rows], "file")
     completions = texts.responses(rows, "file")
-    assert texts.read(prompts, completions) == [y for _, y in rows]
+    assert texts.decode(prompts, completions) == [y for _, y in rows]
     for (x, y), prompt, completion in zip(rows, prompts, completions):  # as the whole is read
         whole = tokenizer(x + y, add_special_tokens=False)["input_ids"]
         assert [i for i in prompt if i != BOS] + completion == whole
         assert prompt.count(BOS) == (template != "$A") and EOS not in prompt
     ids = [[*y, EOS] for y in completions]  # an end token is read as nothing
-    assert texts.read(prompts, ids) == [y for _, y in rows]
+    assert texts.decode(prompts, ids) == [y for _, y in rows]
 
 
 def test_a_token_that_straddles_the_two():
@@ -872,8 +879,8 @@ def reference_aihf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list, 
         return reward_of(reward, text, vocabulary)
 
     row = evaluated(nets, held_out, flags, vocabulary)
-    log, memory = [{"charts/step": 0, "charts/reward_updates": 0} | row], []
-    seed, updates = flags["seed"], 0
+    log, memory = [{"charts/step": 0, "charts/episodes": 0} | row], []
+    seed = flags["seed"]
     for step in range(flags["ppo_steps"]):
         row, left = {}, 1 - step / flags["ppo_steps"] if anneal else 1
         if step % flags["policy_steps_per_iteration"] == 0:
@@ -908,7 +915,6 @@ def reference_aihf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list, 
                     loss, right = loss - objective / batch, right + is_right.item() / batch
                 rate = flags["reward_learning_rate"] * left
                 reward.descend(loss, rate, flags["max_grad_norm"])
-                updates += 1
             row |= {"rewards/loss": loss.item()} | ({"rewards/accuracies": right} if weight else {})
             with torch.no_grad():
                 reward.offset = reward.offset + np.mean([r(text).item() for text in own])
@@ -923,7 +929,6 @@ def reference_aihf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list, 
         rates = {name: rate * left for name, rate in rates.items()}
         row |= reference_ppo_step(nets, train, indices, uniform, rates, flags, vocabulary)
         row |= {"charts/step": step + 1, "charts/episodes": (step + 1) * flags["batch_size"]}
-        row["charts/reward_updates"] = updates
         if (step + 1) % flags["eval_every"] == 0 or step + 1 == flags["ppo_steps"]:
             row |= evaluated(nets, held_out, flags, vocabulary)
         log.append(row)
@@ -986,7 +991,7 @@ def reference_dpo(world: Path, flags: dict, anneal: bool) -> tuple[dict, list]:
         return net.log_probs(words.prompt(prompt), words.response(response)).sum()
 
     row = evaluated(nets, held_out, flags, VOCABULARY, learned=False)
-    log = [{"charts/step": 0, "charts/demonstrations": 0, "charts/pairs": 0} | row]
+    log = [{"charts/step": 0} | row]
     for step in range(flags["dpo_steps"]):
         rows = []
         for j in range(size):
@@ -1012,8 +1017,6 @@ def reference_dpo(world: Path, flags: dict, anneal: bool) -> tuple[dict, list]:
         rate = flags["learning_rate"] * (1 - step / flags["dpo_steps"] if anneal else 1)
         policy.descend(means["losses/total"], rate, flags["max_grad_norm"])
         row = {name: mean.item() for name, mean in means.items()} | {"charts/step": step + 1}
-        row["charts/demonstrations"] = (step + 1) * size if alpha else 0
-        row["charts/pairs"] = (step + 1) * size if weight else 0
         if (step + 1) % flags["eval_every"] == 0 or step + 1 == flags["dpo_steps"]:
             row |= evaluated(nets, held_out, flags, VOCABULARY, learned=False)
         log.append(row)

@@ -560,7 +560,7 @@ def test_what_processes_cannot_share_is_refused(script, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
     args = replace(arguments(script), threads=1, cuda=False)
-    assert script.module.start_processes(args)[2] == 4
+    assert script.module.start_processes(args)[1] == 4
     for name in (*names, *(["batch_size"] if not names else []), "eval_prompts"):
         with pytest.raises(ValueError, match="multiples of 4 processes"):
             script.module.start_processes(replace(args, **{name: 6}))
@@ -951,7 +951,7 @@ BAD = {  # flags, or what makes them of the world and a folder; the line. More o
     "unwritable": (lambda world, _: ["--runs-dir", world / "prompts.jsonl"], "prompts.jsonl"),
 }
 BAD_PPO = {  # of the scripts that have these flags
-    "minibatches": (["--minibatch-size", 3], "--batch-size must be a multiple"),
+    "minibatches": (["--minibatch-size", 3], "--batch-size a multiple"),
     "lambda": (["--gae-lambda", 1.5], "--gae-lambda"),
     "nothing": (["--demo-weight", 0, "--preference-weight", 0], "nothing to learn"),
     "no reward model": (["--reward-model-path", "./nowhere"], "./nowhere"),

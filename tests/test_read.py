@@ -198,9 +198,9 @@ def test_rows_are_read(tmp_path, form):
     path = tmp_path / ("train.jsonl.gz" if form in ("gz", "folder") else "x.jsonl")
     path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
     name = str(tmp_path if form == "folder" else path)
-    assert read.rows(name, ("response", "prompt")) == [(r["response"], r["prompt"]) for r in ROWS]
-    assert read.rows(name, ("prompt",), count=1) == [(ROWS[0]["prompt"],)]
-    also = read.rows(name, ("prompt",), unchecked=("response", "nowhere"))
+    assert read.rows(name, "response prompt") == [(r["response"], r["prompt"]) for r in ROWS]
+    assert read.rows(name, "prompt", count=1) == [(ROWS[0]["prompt"],)]
+    also = read.rows(name, "prompt", unchecked="response nowhere")
     assert also == [(r["prompt"], r["response"], None) for r in ROWS]
 
 
@@ -223,19 +223,19 @@ def test_bad_rows(tmp_path, raw, message):
     path = tmp_path / ("x.jsonl.gz" if raw[:1] == b"\x1f" else "x.jsonl")
     path.write_bytes(raw)
     with pytest.raises(ValueError, match=rf"x\.jsonl.*{message}|{message}.*x\.jsonl"):
-        read.rows(str(path), ("prompt", "response"))
+        read.rows(str(path), "prompt response")
 
 
 def test_rows_that_are_not_there(tmp_path, monkeypatch):
     (tmp_path / "x.jsonl").write_text("\n".join(LINES))
     with pytest.raises(ValueError, match="has 2 rows, 3 are wanted"):
-        read.rows(str(tmp_path / "x.jsonl"), ("prompt",), count=3)
+        read.rows(str(tmp_path / "x.jsonl"), "prompt", count=3)
     for name in ("./nowhere", "nowhere.jsonl", str(tmp_path), "a/b/c"):
         with pytest.raises(ValueError, match="there is no "):
-            read.rows(name, ("prompt",))
+            read.rows(name, "prompt")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"no file owner/name; .*pip install -e '\.\[hub\]'"):
-        read.rows("owner/name", ("prompt",))
+        read.rows("owner/name", "prompt")
 
 
 # ------------------------------------------------------------------------------ errors and numbers

@@ -845,7 +845,9 @@ def test_a_finished_run_is_evaluated_and_resumed(tmp_path, finished):
 
 
 def test_flags_beside_resume_win(tmp_path, finished, plain):
+    """β's too, which was tuned before."""
     flags = ["--total-timesteps", 150, "--learning-rate", "0.003", "--demo-weight", "2"]
+    flags += ["--entropy-coefficient", 0.3]
     code, out, err = run_script(SCRIPT, ["--resume", finished, *flags], tmp_path)
     assert code == 0, (out, err)
     state = load(finished)
@@ -853,6 +855,12 @@ def test_flags_beside_resume_win(tmp_path, finished, plain):
     kept = {"gamma": 0.99, "segment_length": 4, "learning_rate": 0.003, "demo_weight": 2.0}
     assert {name: state["args"][name] for name in kept} == kept
     assert metrics(finished)[:5] == metrics(plain)
+    assert float(metrics(finished)[5]["losses/beta"]) == pytest.approx(0.3)
+
+
+def test_a_robot_with_a_namespace_has_a_run_with_a_plain_name(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [SCRIPT, "--env", "mine/Robot-v0"])
+    assert aihf.parse_args()[0].run_name.startswith("Robot-v0__aihf_sac_mujoco__1__")
 
 
 def test_other_data_is_refused(tmp_path, data):
@@ -905,8 +913,8 @@ def nan(sac, losses, net=None):
     [
         (None, 90, 90, "losses"),
         ("actor", 120, 120, "net.*"),
-        ("reward", 8, 90, "reward_objective"),
-        ("reward", 9, 120, "rewards"),
+        ("reward", 8, 90, "objective"),
+        ("reward", 9, 90, "net.*"),
     ],
 )
 def test_not_finite(tmp_path, data, monkeypatch, net, at, step, names):
