@@ -7,7 +7,7 @@ al., arXiv 2406.06874: Sections 2, 6.1 and 6.2. Equation numbers are the paper's
     python rlhf_baseline.py llm
 
 Each learns from the data of aihf_sac_mujoco.py or aihf_ppo_llm.py, with the same networks and as
-many steps of SAC (7 to 37 minutes) or PPO (7); prints the true return or the ground-truth score,
+many steps of SAC (17 to 39 minutes) or PPO (7); prints the true return or the ground-truth score,
 which nothing else reads; writes runs/<run_name>/. `torchrun --nproc-per-node 2 rlhf_baseline.py
 llm` shards language models over processes (FSDP2).
 

@@ -246,7 +246,9 @@ def draw_all(rows: list[dict], scores: list[dict], begin: str) -> None:
     finish(figure, "figure9.png", labels, [truth] * len(sizes), titles)
 
     sizes = [size for size in FIGURES["10"] if ("10", "dpo", *size) in there]
-    figure, axes = panels(max(1, len(sizes)), sharey=True)
+    if not sizes:
+        return
+    figure, axes = panels(len(sizes), sharey=True)
     for axis, size in zip(axes, sizes):
         for method in METHODS["10"]:
             draw_curves(axis, rows, "10", method, size, "policy_steps")

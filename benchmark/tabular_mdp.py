@@ -1,7 +1,7 @@
 """Algorithm 1 of the AIHF paper (arXiv 2406.06874) where everything can be computed exactly: small
 tabular MDPs.
 
-    python benchmark/tabular_mdp.py      # half a minute on one core
+    python benchmark/tabular_mdp.py      # a minute on one core
 
 First it measures how far the ways of forming R(τ) in g1 (--return-form of aihf_sac_mujoco.py) point
 from the exact ∇L1. Then it runs Algorithm 1, with exact policy alignment and that script's own

@@ -263,8 +263,9 @@ def load(kind, name: str, new_head: dict | None = None):
     if not 1 < len(tokenizer) <= model.config.vocab_size:
         sizes = f"{len(tokenizer)} tokens, the model {model.config.vocab_size}"
         raise ValueError(f"{name}: the tokenizer has {sizes}")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2 has none
     if tokenizer.pad_token is None:
-        raise ValueError(f"{name} has no padding token")
+        raise ValueError(f"{name} has neither a padding token nor an end token")
     model.config.pad_token_id = tokenizer.pad_token_id
     return model.float(), tokenizer
 

@@ -242,6 +242,16 @@ def test_an_encoder_can_be_the_judge(tmp_path, data):
     np.testing.assert_allclose(imdb_data.scores(network, ids, 20, around), right, atol=1e-5)
 
 
+def test_models_without_a_padding_token_are_padded_with_the_end_token(tmp_path, model):
+    """GPT-2 is one."""
+    folder = shutil.copytree(model, tmp_path / "gpt2")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    found, tokenizer = imdb_data.load(transformers.AutoModelForCausalLM, str(folder))
+    assert found.config.pad_token_id == tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
 @pytest.mark.parametrize("subcommand", ["pretrain", "classifier"])
 def test_killed_and_run_again(tmp_path, monkeypatch, data, model, judge, subcommand):
     """Stopped with half a checkpoint written: the same weights, byte by byte."""
