@@ -131,14 +131,10 @@ MAY_BE_ZERO = """seed num_demonstrations num_preferences demo_weight preference_
 
 
 # ---------------------------------------------------------------- the two levels, in equations
-def reward_losses(
-    r_demos: Tensor, r_policy: Tensor, r_chosen: Tensor, r_rejected: Tensor, args: Args
-) -> Tensor:
+def reward_losses(r_demos: Tensor, r_policy: Tensor, r_chosen: Tensor, r_rejected: Tensor, args):
     """What Adam descends in the upper level: minus the objective whose gradient is α g1 + g2, (26).
-
     R of demonstrations τ ~ D, of policies' responses τ' to the same prompts, and of both sides of
-    pairs τ_l ≺ τ_w, and the losses: (rows,) each. A term of weight 0 is left out.
-    """
+    pairs τ_l ≺ τ_w, and the losses: (rows,) each. A term of weight 0 is left out."""
     losses = torch.zeros_like(r_demos)
     if args.demo_weight:
         gap = r_demos - r_policy  # (28), Lemma 5.1
@@ -243,8 +239,8 @@ def main() -> None:
     evaluation = partial(evaluate, models, (prompts[-n:], prompt_ids[-n:]), args, run_dir)
     if args.evaluate:
         return evaluation(log[-1]["charts/step"])
-    row = {"charts/step": 0, "charts/episodes": 0, "charts/wall_seconds": 0.0}
-    log = log or [row | evaluation(0)]
+    counts = ("charts/step", "charts/episodes", "charts/reward_updates", "charts/wall_seconds")
+    log = log or [dict.fromkeys(counts, 0) | evaluation(0)]
     first_step = log[-1]["charts/step"]
     rates = {"policy": args.learning_rate, "value": args.value_learning_rate}
     rates["reward"] = args.reward_learning_rate
@@ -342,13 +338,14 @@ def main() -> None:
                 descend(learned[name], optimizers[name], args, step, run_dir, sums)
 
         # ===================================================================== LOG and EVALUATE
-        row |= {"charts/step": step + 1, "charts/episodes": (step + 1) * args.batch_size}
         names = ("losses/policy", "losses/value", "losses/approx_kl", "losses/clip_fraction")
         row |= dict(zip(names, torch.stack(statistics).mean(0).tolist()))
         columns = {"objective/kl": log_ratio.sum(-1), "objective/scores": scores}
         columns |= {"objective/entropy": -old_log_probs.sum(-1), "charts/ended_share": ended}
         columns |= {"objective/rlhf_reward": rewards.sum(-1)}
         row |= {name: gather(column).mean().item() for name, column in columns.items()}
+        row |= {"charts/step": step + 1, "charts/episodes": (step + 1) * args.batch_size}
+        row["charts/reward_updates"] = (k + 1) * args.reward_updates_per_iteration
         finished = step + 1 == args.ppo_steps
         if (step + 1) % args.eval_every == 0 or finished:
             row |= evaluation(step + 1)
@@ -369,8 +366,7 @@ def main() -> None:
             read.write_csv(run_dir / "metrics.csv", log)
             read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
     if read.writes():
-        last = [row for row in log if "eval/kl" in row][-1]
-        print(f"final: {summary(last)}; python benchmark/plot.py {run_dir} draws it")
+        print(f"final: {summary(log[-1])}; python benchmark/plot.py {run_dir} draws it")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -433,12 +429,10 @@ class Policy(nn.Module):
     @torch.no_grad()
     def sample(self, prompts: list[list[int]], rng: np.random.Generator, temperature=None):
         """Prompts with sampled responses, ids and mask (rows, P + N), the responses' mask (rows,
-        N), 1 up to and with the end token, whether there is one (rows,), all of this process's
-        rows; the texts of all rows' responses.
-
-        Token t is where the cumulative probability passes a number of the rng's, of which there are
-        N a row however early it ends: no row depends on its batch. All processes end together.
-        """
+        N), 1 up to and with the end token, and whether there is one (rows,), of this process's
+        rows; the texts of all rows' responses. Token t is where the cumulative probability passes a
+        number of the rng's, of which there are N a row however early it ends: no row depends on its
+        batch. All processes end together."""
         uniform = torch.from_numpy(share(rng.random((len(prompts), self.args.response_length))))
         ids, mask = (x.to(self.lm.device) for x in read.pad(share(prompts), left=True))
         token, cache, width = ids, {}, ids.shape[1]
@@ -520,9 +514,8 @@ def descend(module, optimizer, args: Args, step: int, run_dir: Path, loss: Tenso
 
 
 # --------------------------------------------------------- several processes (torchrun), or one
-# Process r of n holds rows r, r + n, r + 2n ... of every batch and a share of every model's
-# weights (FSDP2). Gradients are summed, so losses are divided by what all processes hold. All make
-# the same number of forward passes.
+# Process r of n holds rows r, r + n ... of every batch and a share of every model (FSDP2). Losses
+# are divided by what all hold, for gradients are summed. All make as many forward passes.
 def start_processes(args: Args) -> tuple[torch.device, int]:
     """This process's device, and how many processes there are."""
     transformers.logging.set_verbosity_error()  # a new head is no news

@@ -905,8 +905,7 @@ def llm(args: LlmArgs, state: dict) -> None:
         if (step + 1) % args.checkpoint_every == 0 or finished:
             save_checkpoint()
     if read.writes():
-        evaluated = [row for row in log if "eval/kl" in row]
-        print(f"final: {summary(evaluated[-1])}; python benchmark/plot.py {run_dir} draws it")
+        print(f"final: {summary(log[-1])}; python benchmark/plot.py {run_dir} draws it")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -969,12 +968,10 @@ class Policy(nn.Module):
     @torch.no_grad()
     def sample(self, prompts: list[list[int]], rng: np.random.Generator):
         """Prompts with sampled responses, ids and mask (rows, P + N), the responses' mask (rows,
-        N), 1 up to and with the end token, whether there is one (rows,), all of this process's
-        rows; the texts of all rows' responses.
-
-        Token t is where the cumulative probability passes a number of the rng's, of which there are
-        N a row however early it ends: no row depends on its batch. All processes end together.
-        """
+        N), 1 up to and with the end token, and whether there is one (rows,), of this process's
+        rows; the texts of all rows' responses. Token t is where the cumulative probability passes a
+        number of the rng's, of which there are N a row however early it ends: no row depends on its
+        batch. All processes end together."""
         uniform = torch.from_numpy(share(rng.random((len(prompts), self.args.response_length))))
         ids, mask = (x.to(self.lm.device) for x in read.pad(share(prompts), left=True))
         token, cache, width = ids, {}, ids.shape[1]
@@ -1056,9 +1053,8 @@ def descend(module, optimizer, args: LlmArgs, step: int, run_dir: Path, loss: Te
 
 
 # ----------------------------------------------------------- several processes (torchrun), or one
-# Process r of n holds rows r, r + n, r + 2n ... of every batch and a share of every model's
-# weights (FSDP2). Gradients are summed, so losses are divided by what all processes hold. All make
-# the same number of forward passes.
+# Process r of n holds rows r, r + n ... of every batch and a share of every model (FSDP2). Losses
+# are divided by what all hold, for gradients are summed. All make as many forward passes.
 def start_processes(args: LlmArgs) -> tuple[torch.device, int]:
     """This process's device, and how many processes there are."""
     transformers.logging.set_verbosity_error()  # a new head is no news

@@ -879,8 +879,8 @@ def reference_aihf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list, 
         return reward_of(reward, text, vocabulary)
 
     row = evaluated(nets, held_out, flags, vocabulary)
-    log, memory = [{"charts/step": 0, "charts/episodes": 0} | row], []
-    seed = flags["seed"]
+    log, memory = [{"charts/step": 0, "charts/episodes": 0, "charts/reward_updates": 0} | row], []
+    seed, updates = flags["seed"], 0
     for step in range(flags["ppo_steps"]):
         row, left = {}, 1 - step / flags["ppo_steps"] if anneal else 1
         if step % flags["policy_steps_per_iteration"] == 0:
@@ -915,6 +915,7 @@ def reference_aihf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list, 
                     loss, right = loss - objective / batch, right + is_right.item() / batch
                 rate = flags["reward_learning_rate"] * left
                 reward.descend(loss, rate, flags["max_grad_norm"])
+                updates += 1
             row |= {"rewards/loss": loss.item()} | ({"rewards/accuracies": right} if weight else {})
             with torch.no_grad():
                 reward.offset = reward.offset + np.mean([r(text).item() for text in own])
@@ -929,6 +930,7 @@ def reference_aihf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list, 
         rates = {name: rate * left for name, rate in rates.items()}
         row |= reference_ppo_step(nets, train, indices, uniform, rates, flags, vocabulary)
         row |= {"charts/step": step + 1, "charts/episodes": (step + 1) * flags["batch_size"]}
+        row["charts/reward_updates"] = updates
         if (step + 1) % flags["eval_every"] == 0 or step + 1 == flags["ppo_steps"]:
             row |= evaluated(nets, held_out, flags, vocabulary)
         log.append(row)
