@@ -4,14 +4,15 @@
 #     bash benchmark/llm.sh [6|7|9|10]     one figure only (8 is drawn from 6's runs)
 # Then: python benchmark/llm.py; python benchmark/llm_sharpness.py
 # RLHF comes first: SFT, its first stage, is what DPO starts from and what every win rate is over.
-# `random` is the control: PPO from SFT on a reward model whose new head learns nothing.
+# `random` is the control: PPO from SFT on a reward model whose new head learns nothing;
+# `aihf-ppo-sft` is AIHF that begins, as RLHF's PPO does, with SFT.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 runs() { # lines: method, demonstrations, preferences, seed
   local seed size method line
   case $1 in
-    6) for method in aihf-ppo rlhf aihf-dpo dpo random; do echo "$method 1000 1000"; done ;;
+    6) for method in aihf-ppo rlhf aihf-dpo dpo random aihf-ppo-sft; do echo "$method 1000 1000"; done ;;
     7) for size in "1000 1000" "1000 100" "1000 1000flip0.3" "100 1000" "1000 3000" "3000 1000" "1000 300" \
          "300 1000" "1000 1000flip0.1"; do # beside those of 6
          echo "rlhf $size"; echo "aihf-ppo $size"
@@ -36,12 +37,13 @@ run() { # method demonstrations preferences seed
   [ "$1$2" = rlhf100 ] && flags=(--sft-epochs 30)
   [ "$1$2" = rlhf300 ] && flags=(--sft-epochs 10)
   [ "$2" = 3000 ] && flags+=(--eval-every 3) # Figure 9 wants many points
-  [ "$1" = dpo ] && flags+=(--sft-model-path "$sft" --demo-weight 0)
-  [ "$1" = random ] && flags+=(--sft-model-path "$sft" --reward-learning-rate 1e-12)
+  case $1 in dpo | random | *-sft) flags+=(--sft-model-path "$sft") ;; esac
+  [ "$1" = dpo ] && flags+=(--demo-weight 0)
+  [ "$1" = random ] && flags+=(--reward-learning-rate 1e-12)
   [ "$preferences" != "$3" ] && flags+=(--preferences "runs/preferences_flip$flip.jsonl")
   case $1 in
     rlhf | random) script="rlhf_baseline.py llm" ;;
-    aihf-ppo) script=aihf_ppo_llm.py ;;
+    aihf-ppo*) script=aihf_ppo_llm.py ;;
     *) script=aihf_dpo_llm.py ;;
   esac
   if [ -e "runs/$name/policy" ] && [ "runs/$name/checkpoint.pt" -nt "runs/$name/policy" ]; then
@@ -60,7 +62,7 @@ for flip in 0.1 0.3; do
   python benchmark/llm_data.py --flip $flip --output runs/preferences_flip$flip.jsonl
 done
 for figure in ${1:-6 7 10 9}; do
-  for methods in 'rlhf|aihf-ppo' 'dpo|aihf-dpo' random; do # SFT has to be there before others start from it
+  for methods in 'rlhf|aihf-ppo' 'dpo|aihf-dpo' 'random|aihf-ppo-sft'; do # SFT has to be there before others start from it
     runs "$figure" | { grep -E "^($methods) " || true; } |
       xargs -r -P "${JOBS:-2}" -L 1 bash -c 'run "$@" >>"runs/llm__$1__$2__$3__$4.log" 2>&1' _
   done
