@@ -242,6 +242,7 @@ def main() -> None:
     counts = ("charts/step", "charts/episodes", "charts/reward_updates", "charts/wall_seconds")
     log = log or [dict.fromkeys(counts, 0) | evaluation(0)]
     first_step = log[-1]["charts/step"]
+    track(log[-1], step=first_step)
     rates = {"policy": args.learning_rate, "value": args.value_learning_rate}
     rates["reward"] = args.reward_learning_rate
 

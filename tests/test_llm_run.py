@@ -990,6 +990,7 @@ def test_tracking_is_asked_for_and_may_refuse(tmp_path, script, world, monkeypat
     wandb.init = lambda **given: settings.update(given)
     folder = run(script, tmp_path, world, "--track", script.steps, 1)
     assert settings["id"] == "run" and settings["config"]["micro_batch_size"] == 8
+    assert any(row["charts/step"] == 0 and "eval/kl" in row for _, row in rows)  # the start
     step, row = rows[-1]
     assert row["charts/step"] == 1 and step == of(script, ppo=1, dpo=1, rlhf=None)
     assert {k: f"{v:.9g}" for k, v in row.items()} == {
