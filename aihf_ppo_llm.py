@@ -1,7 +1,7 @@
 """AIHF with PPO: one reward from demonstrations and preferences, one language model aligned to it.
 
 "Joint Demonstration and Preference Learning Improves Policy Alignment with Human Feedback", Li et
-al., arXiv 2406.06874: Algorithm 1 on language models (6.2, A.2.2). Equation numbers are its own.
+al., arXiv 2406.06874: Algorithm 1 on language models (6.2, A.2.2). Equation numbers: the paper's.
 
     python aihf_ppo_llm.py
 
@@ -231,7 +231,7 @@ def main() -> None:
         optimizers = {k: torch.optim.Adam(x.parameters(), fused=True) for k, x in learned.items()}
         for name in learned if state else ():
             load_optimizer(optimizers[name], state[f"{name}_optimizer"])
-        memory, log = state.get("memory", []), state.get("log", [])  # log: rows of metrics.csv
+        memory, log = state.get("memory", []), state.get("log", [])  # log: a row a step, from 0
         track = read.tracker(args)
         run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, SCRIPT)
 
@@ -241,12 +241,11 @@ def main() -> None:
         return evaluation(log[-1]["charts/step"])
     counts = ("charts/step", "charts/episodes", "charts/reward_updates", "charts/wall_seconds")
     log = log or [dict.fromkeys(counts, 0) | evaluation(0)]
-    first_step = log[-1]["charts/step"]
-    track(log[-1], step=first_step)
+    track(log[-1], step=len(log) - 1)
     rates = {"policy": args.learning_rate, "value": args.value_learning_rate}
     rates["reward"] = args.reward_learning_rate
 
-    for step in tqdm(range(first_step, args.ppo_steps), "AIHF", disable=not read.writes()):
+    for step in tqdm(range(len(log) - 1, args.ppo_steps), "AIHF", disable=not read.writes()):
         started, row = time.perf_counter(), {}
         share_left = 1 - step / args.ppo_steps if args.anneal else 1.0
         for name, optimizer in optimizers.items():
@@ -306,7 +305,7 @@ def main() -> None:
         penalised = scores - args.missing_eos_penalty * (1 - ended)
         rewards = token_rewards(log_ratio, penalised, alive, args.kl_coefficient)
         if is_ppo := args.policy_optimizer == "ppo":
-            values = in_parts(value, args, ids, mask)[:, -length - 1 : -1]
+            values = in_parts(value, args, ids, mask)[:, -length - 1 : -1]  # V before each token
             advantages, returns = generalised_advantages(rewards, values, alive, args.gae_lambda)
             advantages = whiten(advantages, alive)
         else:
@@ -585,9 +584,10 @@ def load_optimizer(optimizer, state: dict) -> None:
 # --------------------------------------------------------------------------- evaluate and save
 def evaluate(models, held_out, args: Args, run_dir: Path, step: int) -> dict[str, float]:
     """Means over held-out prompts, printed with samples: the only reader of the ground truth."""
-    (policy, _, _, reward, judge), (prompts, prompt_ids) = models, held_out
+    (policy, reference, base, reward, judge), (prompts, prompt_ids) = models, held_out
     ids, mask, alive, _, responses = policy.sample(prompt_ids, np.random.default_rng(10_000))
-    log_probs, *others = (in_parts(x.log_probs, args, ids, mask, alive) for x in models[:3])
+    log_probs = in_parts(policy.log_probs, args, ids, mask, alive)
+    others = (in_parts(x.log_probs, args, ids, mask, alive) for x in (reference, base))
     kl, kl_base = ((log_probs - other).sum(-1) for other in others)
     scores = {"kl": kl, "kl_base": kl_base, "response_length": alive.sum(-1).float()}
     texts = share([x + y for x, y in zip(prompts, responses)])

@@ -290,7 +290,7 @@ def main() -> None:
             reward_optimizer.zero_grad()
             (-objective).backward()  # Adam descends
             reward_optimizer.step()
-        read.check_finite(step, run_dir, objective=objective, **dict(reward.named_parameters()))
+        read.check_finite(step, run_dir, objective=objective, reward=reward(anchors))
 
         # ======================================================================= LOG and EVALUATE
         iteration, finished = log[-1]["charts/iteration"] + 1, step >= last_step

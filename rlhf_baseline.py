@@ -361,7 +361,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         # ======================================================================= LOG and EVALUATE
         iteration, finished = iteration + 1, step >= last_step
         row = dict(zip(LOSSES, losses.tolist()))
-        row["reward/policy"] = rewards.mean().item()  # over the last updates' batches
+        row["reward/replay"] = rewards.mean().item()  # over the last updates' batches
         row["charts/SPS"] = (step - first_step) / (time.perf_counter() - started)
         if iteration % args.eval_every == 0 or finished:
             row |= evaluate(env, averaged.module, args.eval_episodes, reward)
@@ -468,8 +468,8 @@ def make_sac_update(actor, critics, gamma: float, tau: float, target_entropy, wa
     (4). π⁰ is the clone; with a target_entropy, which tunes β, π⁰ is uniform: SAC's own bonus."""
 
     def update(sac, learning_rate, obs, action, reward, next_obs, terminated, noise) -> Tensor:
-        """A step on a batch; noise (2, batch, act_dim). (6,): LOSSES, the last, KL, without a
-        constant where π⁰ is uniform."""
+        """A step on a batch; noise (2, batch, act_dim). (6,): LOSSES; KL lacks a constant
+        where π⁰ is uniform."""
         sac["updates"]["count"].add_(1)
         beta = sac["beta"]["log"].exp()
         policy_rate = learning_rate * (sac["updates"]["count"] > warm_up)  # 0: critics alone learn
@@ -863,7 +863,7 @@ def llm(args: LlmArgs, state: dict) -> None:
         log_ratio = old_log_probs - in_parts(reference.log_probs, args, ids, mask, alive)
         penalised = scores - args.missing_eos_penalty * (1 - ended)
         rewards = token_rewards(log_ratio, penalised, alive, args.kl_coefficient)
-        values = in_parts(value, args, ids, mask)[:, -length - 1 : -1]
+        values = in_parts(value, args, ids, mask)[:, -length - 1 : -1]  # V before each token
         advantages, returns = generalised_advantages(rewards, values, alive, args.gae_lambda)
         advantages = whiten(advantages, alive)
 
@@ -1124,9 +1124,10 @@ def load_optimizer(optimizer, state: dict) -> None:
 # ------------------------------------------------------------------------------ evaluate and save
 def evaluate_responses(models, held_out, args: LlmArgs, run_dir: Path, step: int) -> dict:
     """Means over held-out prompts, printed with samples: the only reader of the ground truth."""
-    (policy, _, _, reward, judge), (prompts, prompt_ids) = models, held_out
+    (policy, reference, base, reward, judge), (prompts, prompt_ids) = models, held_out
     ids, mask, alive, _, responses = policy.sample(prompt_ids, np.random.default_rng(10_000))
-    log_probs, *others = (in_parts(x.log_probs, args, ids, mask, alive) for x in models[:3])
+    log_probs = in_parts(policy.log_probs, args, ids, mask, alive)
+    others = (in_parts(x.log_probs, args, ids, mask, alive) for x in (reference, base))
     kl, kl_base = ((log_probs - other).sum(-1) for other in others)
     scores = {"kl": kl, "kl_base": kl_base, "response_length": alive.sum(-1).float()}
     texts = share([x + y for x, y in zip(prompts, responses)])

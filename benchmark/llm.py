@@ -213,6 +213,8 @@ def draw_all(rows: list[dict], scores: list[dict], begin: str) -> None:
     sft = runs_of(rows, "6", "sft", ("1000", "1000"))
     for axis, x in zip(axes, ("policy_steps", "episodes", "seconds", "policy_steps")):
         for method in ("aihf-dpo", "dpo") if axis in axes[3:] else METHODS["6"][:3]:
+            if x == "seconds" and method == "aihf-ppo-sft":  # its seconds leave out SFT's
+                continue
             draw_curves(axis, rows, "6", method, ("1000", "1000"), x)
         for seed, run in [*sft.items()][:1]:
             label = f"SFT, seed {seed}"

@@ -43,7 +43,7 @@ def main() -> None:
         args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
         if not 0 <= args.flip <= 1:
             raise ValueError("--flip must lie between 0 and 1")
-        rows = flip_some(read.rows(args.preferences, COLUMNS), args.flip, args.seed)
+        rows = flip_some(read.rows(args.preferences, " ".join(COLUMNS)), args.flip, args.seed)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         read.write_whole(args.output, lambda path: path.write_text(text, encoding="utf-8"))

@@ -19,7 +19,8 @@ def collect(runs: Path) -> list[dict]:
     """One row for each evaluation of each finished run, with the returns of its data: of a random
     policy, and of the tiers."""
     rows = []
-    for folder in sorted(runs.glob("other_robots__*__1")):
+    for path in sorted(runs.glob("other_robots__*__1/metrics.csv")):
+        folder = path.parent
         args, found = json.loads((folder / "args.json").read_text()), evaluations(folder)
         if not found or float(found[-1]["charts/sac_steps"]) < args["total_timesteps"]:
             continue

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# AIHF as it is on robots of no table of the paper: data, made here, then one run each, seed 1.
+# AIHF as it is on robots that are not the paper's, and on v5 of the paper's: data, then a run each.
 # JOBS (2) robots side by side, one thread each. Stopped or killed, the same command carries on.
 # Then: python benchmark/other_robots.py
 set -euo pipefail
@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 run() { # env, SAC steps of the expert
   local data=runs/other_robots_data__$1 folder=runs/other_robots__$1__1
   [ -e "$data/manifest.json" ] ||
-    python data_gen/mujoco_data.py --env "$1" --total-timesteps "$2" --output-dir "$data"
+    python data_gen/mujoco_data.py --env "$1" --total-timesteps "$2" --output-dir "$data" || return
   if [ -e "$folder/checkpoint.pt" ]; then
     python aihf_sac_mujoco.py --resume "$folder"
   else

@@ -174,6 +174,26 @@ def test_a_robots_run_becomes_a_row_an_evaluation(runs):
         assert list(rows[0]) == file.readline().strip().split(",") and rows[0]["seed"] == "2"
 
 
+def test_other_robots(runs):
+    import other_robots
+
+    folder, runs = runs["robot"], runs["robot"].parent
+    assert other_robots.collect(runs) == []
+    args = json.loads((folder / "args.json").read_text()) | {"seed": 1, "total_timesteps": 10_000}
+    shutil.move(folder, runs / "other_robots__Hopper-v4__1")
+    (runs / "other_robots__Hopper-v4__1/args.json").write_text(json.dumps(args))
+    (runs / "other_robots__Ant-v5__1").mkdir()  # one that has only begun
+    tiers = {tier: {"return_mean": x} for tier, x in (("low", 10), ("medium", 619), ("high", 700))}
+    manifest = {"arguments": {"total_timesteps": 60_000}, "random_return": 1.5, "tiers": tiers}
+    (runs / "other_robots_data__Hopper-v4").mkdir()
+    (runs / "other_robots_data__Hopper-v4/manifest.json").write_text(json.dumps(manifest))
+    rows = other_robots.collect(runs)
+    assert [row["return_mean"] for row in rows] == ["310.5", "620"] and rows[0]["gap"] == "0.08"
+    line = other_robots.summarise(rows).splitlines()[-1]
+    for cell in ("Hopper-v4", "60k", "2, 10, 619", "700", "10k", "620 ± 2", "yes", "0.90"):
+        assert f"| {cell} |" in line, (cell, line)
+
+
 def test_robots_runs_become_figure_3s(tmp_path):
     pytest.importorskip("rliable")
     import figure3
@@ -224,7 +244,7 @@ def test_language_models_win_rate_is_over_sft(tmp_path):
         llm.win_rate([{"prompt": "a", "gt_score": 1}], [{"prompt": "b", "gt_score": 1}])
 
 
-def test_flipped_texts():
+def test_flipped_texts(tmp_path, monkeypatch):
     import llm_data
 
     rows = [(f"p{i}", f"a{i}", f"b{i}") for i in range(2000)]
@@ -238,6 +258,12 @@ def test_flipped_texts():
         flipped[share] = {i for i, row in enumerate(found) if row["chosen"][0] == "b"}
         assert len(flipped[share]) / 2000 == pytest.approx(share, abs=0.03)
     assert flipped[0.1] < flipped[0.3]
+    found, given = tmp_path / "flipped.jsonl", ROOT / "data_gen/assets/imdb/preferences.jsonl"
+    argv = ["llm_data.py", "--preferences", str(given), "--flip", "1", "--output", str(found)]
+    monkeypatch.setattr(sys, "argv", argv)
+    llm_data.main()
+    before, after = (json.loads(next(open(path))) for path in (given, found))
+    assert after == before | {"chosen": before["rejected"], "rejected": before["chosen"]}
 
 
 def test_a_sharper_policy_has_less_entropy():

@@ -576,7 +576,7 @@ def padded() -> tuple[torch.Tensor, torch.Tensor]:
 
 def numbers(uniform: np.ndarray) -> types.SimpleNamespace:
     """In the place of a generator, whose next numbers these are."""
-    return types.SimpleNamespace(random=lambda shape: uniform)
+    return types.SimpleNamespace(random=uniform.reshape)
 
 
 def sampled(script, policy, uniform: np.ndarray, *temperature: float) -> list[list[int]]:
@@ -680,7 +680,8 @@ def test_scores_are_the_classifiers(tmp_path, script, kind, labels):
     name = save(tmp_path, kind, tokenizer, 0, "SequenceClassification", num_labels=labels)
     scorer = script.Scorer(name, arguments(script, micro_batch_size=2), True)
     scorer.offset += 0.25
-    for text, score in zip(TEXTS, scorer.score(TEXTS), strict=True):
+    scores = script.in_parts(scorer.score, scorer.args, TEXTS)
+    for text, score in zip(TEXTS, scores, strict=True):
         logits = scorer.model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0]
         expected = logits[-1] - (logits[0] if labels == 2 else 0) - 0.25
         torch.testing.assert_close(score, expected, atol=1e-4, rtol=1e-4)

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import random
+import re
 import shutil
 import signal
 import socket
@@ -744,6 +745,13 @@ def test_training_cannot_see_the_ground_truth(tmp_path, script, world, plain):
     differ = compare_checkpoints(folder, plain, ("args",))
     assert differ and {name.split("/")[-1] for name in differ} <= {*TRUTH}
     assert weights(folder) == weights(plain)
+    scores = []
+    for judge in (world / "roberta", liar):
+        argv = [*script.command, "--evaluate", plain, "--ground-truth-path", judge]
+        code, out, err = run_script(script.module, argv, tmp_path)
+        assert code == 0, (out, err)
+        scores += re.findall(r"ground truth (-?\d+\.\d+)", out)
+    assert len(set(scores)) == 2, scores
 
 
 def test_rlhf_leaves_out_what_is_given(tmp_path, world):
@@ -990,7 +998,8 @@ def test_tracking_is_asked_for_and_may_refuse(tmp_path, script, world, monkeypat
     wandb.init = lambda **given: settings.update(given)
     folder = run(script, tmp_path, world, "--track", script.steps, 1)
     assert settings["id"] == "run" and settings["config"]["micro_batch_size"] == 8
-    assert any(row["charts/step"] == 0 and "eval/kl" in row for _, row in rows)  # the start
+    start = next(row for _, row in rows if row["charts/step"] == 0)
+    assert "eval/kl" in start and [row for _, row in rows].count(start) == 1
     step, row = rows[-1]
     assert row["charts/step"] == 1 and step == of(script, ppo=1, dpo=1, rlhf=None)
     assert {k: f"{v:.9g}" for k, v in row.items()} == {

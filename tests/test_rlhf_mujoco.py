@@ -311,7 +311,7 @@ def slow_rlhf(a: rlhf.MujocoArgs, folder: Path):
             policies.append(copy.deepcopy(actor))
         iteration += 1
         row = dict(zip(rlhf.LOSSES, losses.tolist()))
-        row["reward/policy"] = torch.stack(of_block).mean()
+        row["reward/replay"] = torch.stack(of_block).mean()
         if iteration % a.eval_every == 0 or step == a.total_timesteps:
             row |= scores()
         yield state(3, **row)
