@@ -59,7 +59,7 @@ def check_numbers(args, may_be_zero: str, unchecked: str = "") -> None:
 
 def check_finite(step: int, run_dir: Path, **tensors) -> None:
     """SystemExit with one line that names the first tensor holding NaN or infinity."""
-    bad = [name for name, x in tensors.items() if not x.isfinite().all()]  # all: shards are summed
+    bad = [name for name, x in tensors.items() if not x.isfinite().all()]  # all are asked
     if bad:
         where = f"at step {step}; the last good state is in {run_dir}"
         raise SystemExit(f"\nerror: {bad[0]} is not finite {where}")
@@ -72,8 +72,8 @@ def writes() -> bool:
 
 
 def write_whole(path: Path, write) -> None:
-    """Calls write on a temporary path beside this one and renames what it wrote, a file once it is
-    on disk or a folder. SystemExit with one line if the disk is full, say."""
+    """Calls write on a temporary path beside this one and renames what it wrote: a folder, or a
+    file once it is on disk. SystemExit with one line if the disk is full, say."""
     if not writes():
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
