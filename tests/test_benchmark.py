@@ -244,6 +244,68 @@ def test_language_models_win_rate_is_over_sft(tmp_path):
         llm.win_rate([{"prompt": "a", "gt_score": 1}], [{"prompt": "b", "gt_score": 1}])
 
 
+def test_hh_in_parts(tmp_path, monkeypatch):
+    """No prompt in two parts; the policies' dialogues are whole."""
+    import hh_parts
+    from data_gen import hh_data
+
+    dialogues = [f"\n\nHuman: q{i}\n\nAssistant:" for i in range(9)]
+    rows = [{"chosen": f"{x} yes{i}", "rejected": f"{x} no"} for i, x in enumerate(dialogues)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = (
+        f"hh_parts.py --data {tmp_path} --judge 3 --policies 4 --test 2 --output-dir {tmp_path}/x"
+    )
+    monkeypatch.setattr(sys, "argv", argv.split())
+    hh_parts.main()
+    found = {path.stem: rows_of(path) for path in (tmp_path / "x").iterdir()}
+    prompts = {name: [row["prompt"] for row in found[name]] for name in ("judge", "full", "test")}
+    assert prompts == {"judge": dialogues[:3], "full": dialogues[3:7], "test": dialogues[7:]}
+    assert found["policies"] == rows[3:7] and found["full"][1]["completion"] == " yes4"
+    assert hh_data.parse([tuple(row.values()) for row in found["policies"]])[0][0] == {
+        "prompt": dialogues[3],
+        "chosen": " yes3",
+        "rejected": " no",
+    }
+    monkeypatch.setattr(sys, "argv", argv.replace("--test 2", "--test 3").split())
+    with pytest.raises(SystemExit, match="2"):
+        hh_parts.main()
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_hh_runs_become_a_table(tmp_path):
+    """SFT's row is of RLHF's start, the win rate over the start from demonstrations."""
+    import hh
+
+    column = {"charts/wall_seconds": 60, "eval/reward_correlation": 0.5}
+    table = [
+        {"charts/step": step, "eval/gt_score": step / 10, "eval/kl_base": step, **column}
+        for step in (0, 20)
+    ]
+    truths = {"samples": (3, 2, 1, 0), "samples_sft": (2, 2, 2, 2)}
+    for name in ("rlhf__demo", "rlhf__full", "aihf-ppo__full"):
+        run = write_run(tmp_path / f"hh__{name}__1", table, ppo_steps=20)
+        for file, scores in truths.items():
+            texts = [
+                {"prompt": f"p{i}", "response": "x", "gt_score": s} for i, s in enumerate(scores)
+            ]
+            (run / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    rows, scores = hh.collect(tmp_path)
+    assert len(rows) == 8 and len(scores) == 20 and "response" not in scores[0]
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in hh.table(rows).split("\n")
+    ]
+    rlhf = ["RLHF", "1", "2.00 ± 0.00", "2.00 ± 0.00", "20.0 ± 0.0", "38%", "0.50", "1"]
+    sft = ["none", "1", "0.00 ± 0.00", "0.00 ± 0.00", "0.0 ± 0.0", "50%", "0.50", "1"]
+    found = {(cells[0], cells[1]): cells[1:] for cells in lines[2:]}
+    assert found["demonstration-SFT", "RLHF"] == rlhf and found["full-SFT", "none"] == sft
+    assert found["full-SFT", "AIHF"] == ["AIHF", *rlhf[1:]] and len(found) == 5
+    hh.draw(rows, scores, tmp_path / "hh.png")
+    assert (tmp_path / "hh.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_flipped_texts(tmp_path, monkeypatch):
     import llm_data
 

@@ -120,7 +120,7 @@ def test_unknown_flags_are_noticed():
 
 
 @pytest.mark.parametrize(
-    "script", ["main_job.sh", "figure3.sh", "other_robots.sh", "llm.sh", "smollm2.sh"]
+    "script", ["main_job.sh", "figure3.sh", "other_robots.sh", "llm.sh", "smollm2.sh", "hh.sh"]
 )
 def test_benchmark_scripts_give_flags_that_exist(script, tmp_path):
     """Run with a `python` that only notes what it was asked."""
@@ -128,6 +128,9 @@ def test_benchmark_scripts_give_flags_that_exist(script, tmp_path):
     stub = tmp_path / "bin/python"
     stub.write_text('#!/bin/bash\necho "$*" >>"$NOTES"\n')
     stub.chmod(0o755)
+    for part in ("hh_data/prompts", "hh_parts/test"):  # hh.sh puts these together
+        (tmp_path / "runs" / part).parent.mkdir(parents=True)
+        (tmp_path / f"runs/{part}.jsonl").touch()
     (tmp_path / "benchmark").mkdir()
     shutil.copy(ROOT / "benchmark" / script, tmp_path / "benchmark")
     env = {**os.environ, "PATH": f"{stub.parent}:{os.environ['PATH']}", "JOBS": "1"}

@@ -1,0 +1,144 @@
+"""Figures 4, 5 and 11 in small: AIHF against RLHF on HH, from two initial models.
+
+    bash benchmark/hh.sh        # the runs
+    python benchmark/hh.py      # needs pip install -e '.[plot]'
+
+adds what it finds in runs/ to results/hh.csv (a row an evaluation) and results/hh_scores.csv (the
+judge's score of every held-out response, without the text), draws figures/hh.png from these, prints
+the table of benchmark/README.md, and how often the judge orders held-out pairs as people did. KL,
+win rate (ties count half) and `demo` are of the demonstration-SFT model.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from llm import COLORS, plus_minus, samples, win_rate
+from main_job import ROOT, evaluations, merge
+
+sys.path.insert(0, str(ROOT))
+from data_gen import hh_data, read
+
+KEYS = ("start", "method", "seed")
+METRICS = {
+    "policy_steps": "charts/step",
+    "seconds": "charts/wall_seconds",
+    "gt_score": "eval/gt_score",
+    "kl": "eval/kl_base",
+    "correlation": "eval/reward_correlation",
+}
+STARTS = {"demo": "demonstration-SFT", "full": "full-SFT"}
+METHODS = {"sft": "none", "rlhf": "RLHF", "aihf-ppo": "AIHF"}
+
+
+def collect(runs: Path) -> tuple[list[dict], list[dict]]:
+    """Rows of hh.csv and of hh_scores.csv for this folder's finished runs hh__<method>__<start>__
+    <seed>. RLHF's samples before its first PPO step are those of the initial model."""
+    rows, scores = [], []
+    for path in sorted(runs.glob("hh__*__*__*/metrics.csv")):
+        folder, table = path.parent, evaluations(path.parent, "eval/gt_score")
+        _, method, start, seed = folder.name.split("__")
+        steps = json.loads((folder / "args.json").read_text())["ppo_steps"]
+        if not table or float(table[-1]["charts/step"]) < steps:
+            continue
+        groups = {method: ("samples.jsonl", table)}
+        if method == "rlhf":
+            groups["sft"] = "samples_sft.jsonl", table[:1]
+        demo = runs / f"hh__rlhf__demo__{seed}/samples_sft.jsonl"
+        for name, (file, found) in groups.items():
+            run, own = {"start": start, "method": name, "seed": seed}, samples(folder / file)
+            rows += [run | {key: row[metric] for key, metric in METRICS.items()} for row in found]
+            rows[-1]["win_rate"] = str(win_rate(own, samples(demo))) if demo.exists() else ""
+            scores += [run | {"gt_score": f"{sample['gt_score']:.5g}"} for sample in own]
+    return rows, scores
+
+
+def runs_of(rows: list[dict], start: str, method: str) -> list[dict[str, np.ndarray]]:
+    """The columns of each seed's rows, in the order of the seeds."""
+    found = {}
+    for row in rows:
+        if (row["start"], row["method"]) == (start, method):
+            found.setdefault(row["seed"], []).append(row)
+    columns = (*METRICS, "win_rate")
+    return [
+        {key: np.array([float(row.get(key) or "nan") for row in found[seed]]) for key in columns}
+        for seed in sorted(found)
+    ]
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        "| from | trained by | seeds | judge, final | best | KL | win rate | correlation | min |"
+    ]
+    lines.append("|---" * 9 + "|")
+    for start in STARTS:
+        for method in METHODS:
+            if runs := runs_of(rows, start, method):
+                last = {key: [run[key][-1] for run in runs] for key in runs[0]}
+                cells = [STARTS[start], METHODS[method], len(runs), plus_minus(last["gt_score"])]
+                cells.append(plus_minus([run["gt_score"].max() for run in runs]))
+                cells += [plus_minus(last["kl"], 1), f"{np.mean(last['win_rate']):.0%}"]
+                cells.append(f"{np.mean(last['correlation']):.2f}")
+                cells.append(f"{np.mean(last['seconds']) / 60:.0f}")
+                lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict], scores: list[dict], path: Path) -> None:
+    """The judge's score and the KL divergence against PPO steps, and the scores' distribution."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    for start, line in zip(STARTS, ("-", "--")):
+        for method in METHODS:
+            style = {"linestyle": line, "color": COLORS["sft" if method == "sft" else method]}
+            label = f"{start}-SFT" if method == "sft" else f"{METHODS[method]}, from {start}-SFT"
+            for run in runs_of(rows, start, method):
+                if method != "sft":
+                    axes[0].plot(run["policy_steps"], run["gt_score"], label=label, **style)
+                    axes[1].plot(run["policy_steps"], run["kl"], label=label, **style)
+            mine = [row for row in scores if (row["start"], row["method"]) == (start, method)]
+            x = np.sort([float(row["gt_score"]) for row in mine])
+            axes[2].plot(x, np.arange(1, len(x) + 1) / max(1, len(x)), label=label, **style)
+    axes[0].set(xlabel="PPO steps", ylabel="judge's score")
+    axes[1].set(xlabel="PPO steps", ylabel="KL to demonstration-SFT, nats")
+    axes[2].set(xlabel="judge's score", ylabel="share of responses below")
+    for axis in axes[1:]:
+        axis.legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def accuracy(judge: Path, pairs: list[tuple[str, str, str]]) -> float:
+    """Share of the pairs whose chosen response has the higher score."""
+    tokenizer, model = hh_data.load_reward_model(str(judge), "float32")
+    scores = [
+        [
+            model(**tokenizer(x + y, truncation=True, max_length=512, return_tensors="pt")).logits[
+                0, -1
+            ]
+        ]
+        for x, *both in pairs
+        for y in both
+    ]
+    chosen, rejected = torch.tensor(scores).view(-1, 2).T
+    return (chosen > rejected).double().mean().item()
+
+
+if __name__ == "__main__":
+    new_rows, new_scores = collect(ROOT / "runs")
+    rows = merge(ROOT / "benchmark/results/hh.csv", new_rows, KEYS)
+    scores = merge(ROOT / "benchmark/results/hh_scores.csv", new_scores, KEYS)
+    draw(rows, scores, ROOT / "benchmark/figures/hh.png")
+    print(table(rows))
+    test, judge = ROOT / "runs/hh_parts/test.jsonl", ROOT / "runs/hh_full/reward"
+    if judge.exists():
+        pairs = read.rows(str(test), "prompt chosen rejected")
+        print(
+            f"the judge orders {accuracy(judge, pairs):.1%} of {len(pairs)} held-out pairs rightly"
+        )
