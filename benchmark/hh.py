@@ -23,7 +23,8 @@ from llm import COLORS, plus_minus, samples, win_rate
 from main_job import ROOT, evaluations, merge
 
 sys.path.insert(0, str(ROOT))
-from data_gen import hh_data, read
+from aihf_ppo_llm import Args, Scorer
+from data_gen import read
 
 KEYS = ("start", "method", "seed")
 METRICS = {
@@ -116,17 +117,11 @@ def draw(rows: list[dict], scores: list[dict], path: Path) -> None:
 @torch.no_grad()
 def accuracy(judge: Path, pairs: list[tuple[str, str, str]]) -> float:
     """Share of the pairs whose chosen response has the higher score."""
-    tokenizer, model = hh_data.load_reward_model(str(judge), "float32")
-    scores = [
-        [
-            model(**tokenizer(x + y, truncation=True, max_length=512, return_tensors="pt")).logits[
-                0, -1
-            ]
-        ]
-        for x, *both in pairs
-        for y in both
-    ]
-    chosen, rejected = torch.tensor(scores).view(-1, 2).T
+    scorer, sides = (
+        Scorer(str(judge), Args(), trained=True),
+        zip(*((x + y, x + z) for x, y, z in pairs)),
+    )
+    chosen, rejected = (torch.cat([scorer.score([text]) for text in side]) for side in sides)
     return (chosen > rejected).double().mean().item()
 
 

@@ -10,7 +10,6 @@ writes into runs/hh_parts/, as JSON lines,
     test.jsonl       {prompt, chosen, rejected}   to test the judge; the prompts of evaluations
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_gen import hh_data, read
+from data_gen import hh_data, read, write
 
 
 @dataclass
@@ -45,8 +44,7 @@ def main() -> None:
         parts["full"] = [{"prompt": x["prompt"], "completion": x["chosen"]} for x in policies]
         args.output_dir.mkdir(parents=True, exist_ok=True)
     for name, rows in parts.items():
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        read.write_whole(args.output_dir / f"{name}.jsonl", lambda path: path.write_text(text))
+        write.rows(args.output_dir / f"{name}.jsonl", rows)
 
 
 if __name__ == "__main__":

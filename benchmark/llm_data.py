@@ -6,7 +6,6 @@ Whether a row is flipped depends on the seed and on its number alone: what is fl
 share is flipped at a larger one, and the first 1,000 rows hold about the same share as all.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_gen import read
+from data_gen import read, write
 
 COLUMNS = ("prompt", "chosen", "rejected")
 
@@ -44,9 +43,8 @@ def main() -> None:
         if not 0 <= args.flip <= 1:
             raise ValueError("--flip must lie between 0 and 1")
         rows = flip_some(read.rows(args.preferences, " ".join(COLUMNS)), args.flip, args.seed)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        read.write_whole(args.output, lambda path: path.write_text(text, encoding="utf-8"))
+        write.rows(args.output, rows)
 
 
 if __name__ == "__main__":

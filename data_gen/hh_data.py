@@ -17,13 +17,8 @@ The paper ranks with PKU-Alignment/beaver-7b-v3.0-reward, whose architecture tra
 have; any sequence-classification model of transformers' own can be given (no remote code).
 """
 
-import hashlib
-import json
-import shlex
 import sys
-import tempfile
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -32,10 +27,10 @@ import torch
 import transformers
 import tyro
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_gen import read
+import aihf_ppo_llm
+from data_gen import read, write
 
 
 @dataclass
@@ -49,7 +44,7 @@ class Args:
     preferences: int = 10_000  # further dialogues whose pair of responses is kept
     batch_size: int = 32  # dialogues scored at once
     max_length: int = 512  # tokens of a dialogue that the reward model reads, the last ones
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on CUDA
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of products; weights are float32
     checkpoint_every: int = 100  # batches between saves of the scores
     threads: int = 2  # CPU threads of torch
 
@@ -97,51 +92,16 @@ def divide(scores: np.ndarray, demonstrations: int, preferences: int, rng) -> li
 
 
 # --------------------------------------------------------------------------------------- scoring
-def load_reward_model(name: str, dtype: str):
-    """Tokenizer and model. ValueError on one without a trained head of one or two outputs."""
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        name, trust_remote_code=False, output_loading_info=True
-    )
-    if info["missing_keys"] or model.config.num_labels > 2:
-        raise ValueError(f"{name} is no reward model: it has no trained head of 1 or 2 outputs")
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(f"{name}: the tokenizer has more tokens than the model")
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError(f"{name} has neither a padding nor an end-of-text token")
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
-    model.config.pad_token_id = tokenizer.pad_token_id  # decoders read their score before it
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
-    return tokenizer, model.to(device, getattr(torch, dtype)).eval()
-
-
-def most_tokens(model, max_length: int) -> int:
-    """How many tokens the model reads of max_length; RoBERTa's positions begin after a padding."""
-    limit = getattr(model.config, "max_position_embeddings", None) or max_length
-    positions = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-    if getattr(positions, "padding_idx", None) is not None:
-        limit -= positions.padding_idx + 1
-    return min(max_length, limit)
-
-
 @torch.no_grad()
-def score(dialogues, tokenizer, model, args: Args, recipe: list, scores: torch.Tensor) -> None:
+def score(dialogues, judge, args: Args, recipe: list, scores: torch.Tensor) -> None:
     """Puts the reward model's scores of prompt and chosen response where scores (dialogues,) are
     NaN, and saves them with the recipe, which they depend on."""
     texts = [dialogue["prompt"] + dialogue["chosen"] for dialogue in dialogues]
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # little memory shows at once
-    batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
-    cut = {"truncation": True, "max_length": most_tokens(model, args.max_length)}
-    cut |= {"padding": True, "return_tensors": "pt", "return_token_type_ids": False}
+    batches = [order[part] for part in read.parts(0, len(order), args.batch_size)]
     for number, rows in enumerate(tqdm(batches, desc="scores", unit="batch"), 1):
         if scores[rows].isnan().any():
-            inputs = tokenizer([texts[i] for i in rows], **cut)
-            logits = model(**inputs.to(model.device)).logits.double().cpu()
-            scores[rows] = logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0)
+            scores[rows] = judge.score([texts[i] for i in rows]).double().cpu()
             read.check_finite(number, Path(args.output_dir), scores=scores[rows])
             if number % args.checkpoint_every == 0 or number == len(batches):
                 state = {"script": SCRIPT, "recipe": recipe, "scores": scores}
@@ -167,22 +127,17 @@ def main() -> None:
         recipe = [args.batch_size, args.max_length, args.dtype, read.fingerprint(dialogues)]
         output_dir = Path(args.output_dir)
         if args.demonstrations:
-            tokenizer, model = load_reward_model(args.reward_model, args.dtype)
-            weights = (p.detach().float().cpu().numpy() for p in model.parameters())
-            recipe += map(read.fingerprint, weights)
-            for number, (text, _) in enumerate(rows, 1):
-                if not tokenizer.encode(text, add_special_tokens=False):
-                    raise ValueError(f"{args.data} row {number} has no token for the reward model")
+            judge = aihf_ppo_llm.Scorer(args.reward_model, aihf_ppo_llm.Args(), trained=True)
+            judge.limit, judge.args.dtype = min(judge.limit, args.max_length), args.dtype
+            recipe += map(read.fingerprint, judge.state_dict().values())
+            judge.to("cuda" if torch.cuda.is_available() else "cpu")
             if (output_dir / "checkpoint.pt").exists():
                 state = read.checkpoint(output_dir, SCRIPT)
                 scores = state["scores"] if state["recipe"] == recipe else scores
-        output_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output_dir).close()  # not writable: known now
-        for left_over in output_dir.glob(".*.tmp"):
-            left_over.unlink()
+        write.open_folders(output_dir)
 
     if args.demonstrations:
-        score(dialogues, tokenizer, model, args, recipe, scores)
+        score(dialogues, judge, args, recipe, scores)
     rng = np.random.default_rng(args.seed)
     split = divide(scores.numpy(), args.demonstrations, args.preferences, rng)
     columns = {
@@ -190,30 +145,16 @@ def main() -> None:
         "preferences": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
         "prompts": {"prompt": "prompt"},
     }
-    modules = {module.__name__: str(module.__version__) for module in (np, torch, transformers)}
-    manifest = {
-        "command": shlex.join(["python", *sys.argv]),
-        "seed": args.seed,
-        "arguments": asdict(args),
-        "rows": len(rows),
-        "dropped": dropped,
-        "counts": {name: len(indices) for name, indices in zip(columns, split)},
-        "chosen_score_mean": {},
-        "versions": {"python": sys.version.split()[0], **modules},
-        "created": time.strftime("%Y-%m-%d"),
-        "sha256": {},
-    }
+    counts = {name: len(indices) for name, indices in zip(columns, split)}
+    found = {"rows": len(rows), "dropped": dropped, "counts": counts, "chosen_score_mean": {}}
     for (name, keys), indices in zip(columns.items(), split):
         lines = [{new: dialogues[i][old] for new, old in keys.items()} for i in indices]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        read.write_whole(output_dir / f"{name}.jsonl", lambda path: path.write_text(text))
-        manifest["sha256"][f"{name}.jsonl"] = hashlib.sha256(text.encode()).hexdigest()
+        write.rows(output_dir / f"{name}.jsonl", lines)
         if args.demonstrations and len(indices):
-            manifest["chosen_score_mean"][name] = scores[indices].mean().item()
-    text = json.dumps(manifest, indent=2) + "\n"
-    read.write_whole(output_dir / "manifest.json", lambda path: path.write_text(text))
-    counts = ", ".join(f"{count} {name}" for name, count in manifest["counts"].items())
-    print(f"{counts}; wrote {output_dir}")
+            found["chosen_score_mean"][name] = scores[indices].mean().item()
+    write.manifest(output_dir, [f"{name}.jsonl" for name in columns], args, "transformers", found)
+    words = ", ".join(f"{count} {name}" for name, count in counts.items())
+    print(f"{words}; wrote {output_dir}")
 
 
 if __name__ == "__main__":

@@ -16,17 +16,13 @@ half the size, but config.json says float32: from_pretrained then gives float32 
 takes GPT-2 and lvwerra/distilbert-imdb, for which these two stand in.
 """
 
-import hashlib
 import json
 import math
-import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -39,10 +35,10 @@ import tyro
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_gen import read
+import aihf_ppo_llm
+from data_gen import read, write
 
 SCRIPT = "data_gen/imdb_data.py"
 SEPARATOR, PAD = "<|endoftext|>", "<|pad|>"  # the former begins and ends every review, as in GPT-2
@@ -127,20 +123,11 @@ def clean(text: str) -> str:
     return " ".join(re.sub(r"<br\s*/?>", " ", text).split())
 
 
-def check_rows(values: list, source: str) -> list:
-    """The texts or ids of a file's rows; ValueError if one is empty."""
-    for number, value in enumerate(values, 1):
-        if len(value) == 0:
-            raise ValueError(f"{source} row {number}: no token is left of its text")
-    return values
-
-
 def labelled(data: str, split: str, tokenizer: Tokenizer) -> tuple[list[np.ndarray], np.ndarray]:
     """Token ids and labels (1 positive, 0 negative) of the labelled reviews of a split."""
     rows = read.rows(data, "text", split=split, unchecked="label")
     ids = encode(tokenizer, [clean(text) for text, _ in rows], f"1/3 {split} tokens")
-    check_rows(ids, f"{split} of {data}")
-    kept = [i for i, (_, label) in enumerate(rows) if label in (0, 1)]
+    kept = [i for i, (_, label) in enumerate(rows) if label in (0, 1) and len(ids[i])]
     labels = np.array([rows[i][1] for i in kept])
     if len(set(labels.tolist())) < 2:
         raise ValueError(f"{split} of {data} needs reviews with label 0 and with label 1")
@@ -250,71 +237,21 @@ def seed_torch(*seed: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
 
 
-def load(kind, name: str, new_head: dict | None = None):
-    """Model and tokenizer. ValueError if a weight is missing or the tokenizer is not the model's;
-    transformers would make up the former."""
-    only = {"trust_remote_code": False}
-    model, info = kind.from_pretrained(name, output_loading_info=True, **only, **(new_head or {}))
-    body = model.base_model_prefix
-    missing = [key for key in info["missing_keys"] if not new_head or key.startswith(body)]
-    if missing:
-        raise ValueError(f"{name} has no weights for {', '.join(sorted(missing)[:3])}")
-    tokenizer = AutoTokenizer.from_pretrained(name, **only)
-    if not 1 < len(tokenizer) <= model.config.vocab_size:
-        sizes = f"{len(tokenizer)} tokens, the model {model.config.vocab_size}"
-        raise ValueError(f"{name}: the tokenizer has {sizes}")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2 has none
-    if tokenizer.pad_token is None:
-        raise ValueError(f"{name} has neither a padding token nor an end token")
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return model.float(), tokenizer
-
-
-def describe(args: Training | Tiers) -> dict:
-    """What every manifest holds; a local data folder by its name only."""
-    arguments, words = asdict(args), sys.argv
-    for folder in ("output_dir", "work_dir"):
-        del arguments[folder]
-    if (path := arguments.get("data")) and Path(path).is_dir():
-        arguments["data"] = Path(path).resolve().name
-        words = [w.replace(path, arguments["data"]) if w.endswith(path) else w for w in words]
-    modules = (np, tokenizers, torch, transformers)
-    versions = {module.__name__: str(module.__version__) for module in modules}
-    return {
-        "command": shlex.join(["python", *words]),
-        "seed": args.seed,
-        "arguments": arguments,
-        "versions": {"python": sys.version.split()[0], **versions},
-        "created": time.strftime("%Y-%m-%d"),
-    }
-
-
-def write_manifest(folder: Path, manifest: dict, files: list[Path]) -> None:
-    manifest["sha256"] = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    path = folder / "manifest.json"
-    read.write_whole(path, lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def write_model(model, tokenizer, output_dir: Path, manifest: dict) -> None:
+def write_model(model, tokenizer, output_dir: Path, args: Training, found: dict) -> None:
     """The model as float16 safetensors, its tokenizer and, last, the manifest."""
-    work = output_dir / ".unfinished"
-    shutil.rmtree(work, ignore_errors=True)
-    tokenizer.save_pretrained(work)
-    model.cpu().half().save_pretrained(work)
+    (output_dir / "manifest.json").unlink(missing_ok=True)
+    found["parameters"] = sum(p.numel() for p in model.parameters())
+    tokenizer.save_pretrained(output_dir)
+    model.cpu().half().save_pretrained(output_dir)
     changes = {"config.json": {"dtype": "float32", "torch_dtype": "float32"}}  # its new, old name
     fast = {"tokenizer_class": "PreTrainedTokenizerFast"}
     fast["model_input_names"] = ["input_ids", "attention_mask"]  # transformers 4 adds others
     changes["tokenizer_config.json"] = fast
     for name, change in changes.items():
-        config = json.loads((work / name).read_text()) | change
-        (work / name).write_text(json.dumps(config, indent=2) + "\n")
-    files = [output_dir / path.name for path in sorted(work.iterdir())]
-    for path in files:
-        os.replace(work / path.name, path)
-    work.rmdir()
-    manifest["parameters"] = sum(p.numel() for p in model.parameters())
-    write_manifest(output_dir, manifest, files)
+        config = json.loads((output_dir / name).read_text()) | change
+        (output_dir / name).write_text(json.dumps(config, indent=2) + "\n")
+    files = [path.name for path in sorted(output_dir.iterdir()) if path.is_file()]
+    write.manifest(output_dir, files, args, "tokenizers transformers", found)
 
 
 # ----------------------------------------------------------------------------------- 1. pretrain
@@ -336,8 +273,7 @@ def pretrain(args: Pretrain, device: torch.device, output_dir: Path, work_dir: P
     with read.input_errors():
         texts = {}
         for split in ("train", "unsupervised", "test"):
-            rows = read.rows(args.data, "text", split=split)
-            texts[split] = check_rows([clean(text) for (text,) in rows], f"{split} of {args.data}")
+            texts[split] = [clean(text) for (text,) in read.rows(args.data, "text", split=split)]
         train_texts = texts["train"] + texts["unsupervised"]
         test_texts = sorted(set(texts["test"]) - set(train_texts))
         if not test_texts:
@@ -392,14 +328,14 @@ def pretrain(args: Pretrain, device: torch.device, output_dir: Path, work_dir: P
         tokenizer_object=tokenizer, padding_side="left", **special
     )
     trained_on = args.steps * args.batch_size * args.context
-    manifest = describe(args) | {
+    found = {
         "reviews": {"trained_on": len(train_texts), "held_out": len(heldout)},
         "tokens": {"reviews": len(stream), "trained_on": trained_on},
         "heldout_perplexity": {"perplexity": ppl, "tokens": heldout_tokens, "split": "test"}
         | {"logits_times": args.temperature},
         "samples": samples,
     }
-    write_model(model, fast, output_dir, manifest)
+    write_model(model, fast, output_dir, args, found)
     print("\n".join(f"- {sample}" for sample in samples[:3]))
     print(f"held-out perplexity {ppl:.1f} on {heldout_tokens} tokens; wrote {output_dir}")
 
@@ -409,15 +345,12 @@ def pretrain(args: Pretrain, device: torch.device, output_dir: Path, work_dir: P
 def scores(model, reviews: list[np.ndarray], length: int, around) -> np.ndarray:
     """Raw positive minus negative logit, or the only one, of each review's first `length` tokens,
     with the special tokens `around` them: (reviews,)."""
-    lengths = [min(len(review), length) for review in reviews]
-    order = sorted(range(len(reviews)), key=lengths.__getitem__)  # little padding
-    out = np.zeros(len(reviews))
-    for start in tqdm(range(0, len(order), 64), desc=f"scores of {length} tokens", unit="batch"):
-        rows = order[start : start + 64]
-        logits = model(**inputs(model, [reviews[i][:length] for i in rows], around)).logits.float()
-        other = logits[:, 0] if logits.shape[1] == 2 else 0.0
-        out[rows] = (logits[:, -1] - other).cpu().numpy()
-    return out
+    found = []
+    for part in tqdm(read.parts(0, len(reviews), 64), desc=f"scores of {length} tokens"):
+        rows = [row[:length] for row in reviews[part]]
+        logits = model(**inputs(model, rows, around)).logits.float()
+        found.append(logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0.0))
+    return torch.cat(found).double().cpu().numpy()
 
 
 def praise_tokens(ids: list[np.ndarray], labels: np.ndarray, count: int = 200) -> np.ndarray:
@@ -453,7 +386,12 @@ def classifier(args: Classifier, device: torch.device, output_dir: Path, work_di
         torch.manual_seed(args.seed)  # of the new head
         head = {"id2label": {0: "NEGATIVE", 1: "POSITIVE"}}
         head["label2id"] = {"NEGATIVE": 0, "POSITIVE": 1}
-        model, fast = load(AutoModelForSequenceClassification, args.model, head)
+        settings = aihf_ppo_llm.Args()
+        model, fast = aihf_ppo_llm.load("SequenceClassification", args.model, settings, **head)
+        fast.pad_token = fast.pad_token or fast.eos_token  # GPT-2 has none
+        if fast.pad_token is None:
+            raise ValueError(f"{args.model} has neither a padding token nor an end token")
+        model.config.pad_token_id = fast.pad_token_id
         around = read.special_tokens(fast)
         context = longest(model, around)
         full = min(args.review_tokens, context)
@@ -498,17 +436,12 @@ def classifier(args: Classifier, device: torch.device, output_dir: Path, work_di
         print(f"{name}: {right.mean():.1%} right")
     salads = fast(list(SALADS), add_special_tokens=False)["input_ids"]
     heldout["salads"] = dict(zip(SALADS, scores(model, salads, context, around).tolist()))
-    manifest = describe(args) | {"reviews": {"trained_on": len(ids), "held_out": len(test_ids)}}
-    write_model(model, fast, output_dir, manifest | {"heldout": heldout})
+    found = {"reviews": {"trained_on": len(ids), "held_out": len(test_ids)}, "heldout": heldout}
+    write_model(model, fast, output_dir, args, found)
     print(f"wrote {output_dir}")
 
 
 # -------------------------------------------------------------------------------------- 3. tiers
-def write_lines(path: Path, rows: list[dict]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    read.write_whole(path, lambda path: path.write_text(text, encoding="utf-8"))
-
-
 @torch.no_grad()
 def continuations(model, fast, prompts: list[str], length: int, seed: list[int]) -> list[str]:
     """What the model writes at temperature 1 after each prompt, or as a review after "", up to
@@ -574,21 +507,17 @@ def train_policies(args: Tiers, work_dir: Path, prompts: int) -> dict[int, Path]
             command = [sys.executable, str(script), "llm", *words, "--ppo-steps", str(step)]
             if code := subprocess.run(command).returncode:
                 raise SystemExit(code)
-            unfinished = work_dir / "unfinished"
-            shutil.copytree(run / "policy", unfinished, dirs_exist_ok=True)
-            os.replace(unfinished, policies[step])
+            read.write_whole(policies[step], lambda path: shutil.copytree(run / "policy", path))
     return policies
 
 
 def tiers(args: Tiers, device: torch.device, output_dir: Path, work_dir: Path) -> None:
     with read.input_errors():
-        model, fast = load(AutoModelForCausalLM, args.model)
-        truth, truth_fast = load(AutoModelForSequenceClassification, args.classifier)
-        if truth.config.num_labels > 2:
-            raise ValueError(f"{args.classifier} has more than two outputs")
+        settings = aihf_ppo_llm.Args()
+        model, fast = aihf_ppo_llm.load("CausalLM", args.model, settings)
+        truth = aihf_ppo_llm.Scorer(args.classifier, settings, trained=True).to(device)
         if not args.data and fast.bos_token_id is None:
             raise ValueError(f"{args.model} has no token to begin a review with: give --data")
-        truth.to(device).eval()
         prompts = write_prompts(model.to(device).eval(), fast, args)
         weights = [x.detach().cpu().numpy() for m in (model, truth) for x in m.parameters()]
         made_from = read.fingerprint(prompts if args.data else [], *weights)
@@ -599,13 +528,13 @@ def tiers(args: Tiers, device: torch.device, output_dir: Path, work_dir: Path) -
             raise ValueError(f"{work_dir} is of other arguments or models; see --work-dir")
         read.write_whole(path, lambda path: path.write_text(recipe))
     ends = [len(prompts) * 3 // 10, len(prompts) * 7 // 10]
-    write_lines(work_dir / "ppo_prompts.jsonl", [{"prompt": p} for p in prompts[: ends[0]]])
+    write.rows(work_dir / "ppo_prompts.jsonl", [{"prompt": p} for p in prompts[: ends[0]]])
     policies = train_policies(args, work_dir, ends[0])  # 2/4
 
     responses, all_scores = [], []
-    asked, around = prompts[ends[0] : ends[1]], read.special_tokens(truth_fast)
+    asked = prompts[ends[0] : ends[1]]
     for step, folder in policies.items():
-        policy = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+        policy = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
         policy.to(device).eval()
         texts = []
         for start in tqdm(range(0, len(asked), 100), desc=f"3/4 responses after {step} PPO steps"):
@@ -613,8 +542,8 @@ def tiers(args: Tiers, device: torch.device, output_dir: Path, work_dir: Path) -
             texts += continuations(policy, fast, batch, args.response_length, seed)
         responses.append(texts)
         whole = [prompt + text for prompt, text in zip(asked, texts)]
-        ids = truth_fast(whole, add_special_tokens=False)["input_ids"]
-        all_scores.append(scores(truth, ids, longest(truth, around), around))
+        found = aihf_ppo_llm.in_parts(truth.score, settings, whole)
+        all_scores.append(found.double().cpu().numpy())
     order = np.argsort(all_scores, axis=0)  # of each prompt: low, medium, high
     kept = [i for i in range(len(asked)) if all(texts[i].strip() for texts in responses)]
     rows = [(asked[i], *(responses[k][i] for k in order[:, i])) for i in kept]
@@ -624,11 +553,11 @@ def tiers(args: Tiers, device: torch.device, output_dir: Path, work_dir: Path) -
         "prompts": [{"prompt": prompt} for prompt in prompts[ends[1] :]],
     }
     for name, lines in files.items():
-        write_lines(output_dir / f"{name}.jsonl", lines)
+        write.rows(output_dir / f"{name}.jsonl", lines)
 
     ranked = dict(zip(TABLE_3, np.sort(all_scores, axis=0)[:, kept]))
     expert = all_scores[-1].mean()
-    manifest = describe(args) | {
+    found = {
         "rows": {name: len(lines) for name, lines in files.items()},
         "ground_truth_score": {
             tier: {"mean": x.mean(), "std": x.std(), "share_of_expert": x.mean() / expert}
@@ -639,8 +568,9 @@ def tiers(args: Tiers, device: torch.device, output_dir: Path, work_dir: Path) -
             step: {"mean": x.mean(), "std": x.std()} for step, x in zip(policies, all_scores)
         },
     }
-    write_manifest(output_dir, manifest, [output_dir / f"{name}.jsonl" for name in files])
-    for tier, row in manifest["ground_truth_score"].items():
+    names = [f"{name}.jsonl" for name in files]
+    write.manifest(output_dir, names, args, "tokenizers transformers", found)
+    for tier, row in found["ground_truth_score"].items():
         print(f"{tier:6} {row['mean']:5.2f} ± {row['std']:.2f} (the paper: {row['paper_mean']})")
     print(f"{len(kept)} demonstrations and preferences, wrote {output_dir}")
 
@@ -673,11 +603,7 @@ def main() -> None:
         subcommand, name = subcommands.get(type(args), (tiers, ""))
         output_dir = Path(args.output_dir or f"data_gen/assets/imdb{name}")
         work_dir = Path(args.work_dir or f"runs/imdb_data__{subcommand.__name__}__{args.seed}")
-        for folder in (output_dir, work_dir):  # must be writable now, not when the training is over
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-            for left_over in folder.glob(".*.tmp"):
-                left_over.unlink()
+        write.open_folders(output_dir, work_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     subcommand(args, device, output_dir, work_dir)
 

@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_gen import read
+from data_gen import read, write
 
 ARRAYS = (*read.EPISODE_ARRAYS, "rewards")
 
@@ -156,11 +156,7 @@ def from_minari(dataset_id: str, npz: Path, episodes: int = 0) -> str:
         parts.append(as_stored(fields, f"episode {index} of {dataset_id}"))
     arrays = {key: np.concatenate([fields[key] for fields in parts]) for key in ARRAYS}
 
-    def save(path: Path) -> None:
-        with open(path, "wb") as file:  # given a path, NumPy would append .npz
-            np.savez_compressed(file, **arrays)
-
-    read.write_whole(npz, save)
+    write.arrays(npz, arrays)
     return f"wrote {npz}: {len(parts)} episodes, {len(arrays['rewards'])} steps"
 
 

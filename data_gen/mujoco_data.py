@@ -14,19 +14,13 @@ It can be interrupted: the same command carries on. Other tiers, pairs or segmen
 training (other --segment-length, --num-pairs, --tier-targets ...) need no new training.
 """
 
-import hashlib
-import json
 import math
-import shlex
 import sys
-import tempfile
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 import torch
 import tyro
@@ -42,7 +36,7 @@ from aihf_sac_mujoco import (
     make_env,
     make_sac_update,
 )
-from data_gen import read
+from data_gen import read, write
 
 
 @dataclass
@@ -55,7 +49,6 @@ class Args:
     # Tiers and pairs
     tier_targets: tuple[float, ...] = ()  # mean returns: low medium high; default: see pick_tiers
     episodes_per_tier: int = 10  # whole episodes of each tier
-    max_steps_per_tier: int = 30_000  # no episode is begun in a tier of as many steps (the paper's)
     segment_length: int = 50  # steps of each side of a preference
     num_pairs: int = 2_000  # preferences, each a random segment of a medium and of a low episode
     label_noise: float = 0.0  # probability that a label is flipped
@@ -202,11 +195,7 @@ def pick_tiers(args: Args, env, actor: Actor, candidates: list) -> tuple[dict, d
         shortlist = sorted(candidates, key=lambda candidate: abs(candidate[1] - target))[:10]
         for step, _, policy in tqdm(shortlist, desc=f"2/2 {tier} tier, target {target:.1f}"):
             actor.load_state_dict(policy)
-            episodes = []
-            while len(episodes) < args.episodes_per_tier:
-                if sum(len(episode["actions"]) for episode in episodes) >= args.max_steps_per_tier:
-                    break
-                episodes.append(record(env, actor, rng))
+            episodes = [record(env, actor, rng) for _ in range(args.episodes_per_tier)]
             scores = returns(episodes)
             distance = abs(scores.mean() - target) + scores.std() / 4
             in_order = scores.mean() < above or tier == "medium" and scores.mean() == above
@@ -242,28 +231,21 @@ def draw_pairs(lengths: dict, segment_length: int, count: int, label_noise: floa
     return pairs
 
 
-def write_dataset(output_dir: Path, tiers: dict[str, list], pairs: list, manifest: dict) -> None:
+def write_dataset(output_dir: Path, tiers: dict, pairs: list, args: Args, found: dict) -> None:
     """Each file whole or not at all; the manifest, which has their hashes, last."""
     for tier, episodes in tiers.items():
         arrays = {key: np.concatenate([e[key] for e in episodes]) for key in episodes[0]}
         for key in ("observations", "actions", "rewards"):
             arrays[key] = arrays[key].astype(np.float32)
-        read.write_whole(output_dir / f"{tier}.npz", lambda path: save_arrays(path, arrays))
+        write.arrays(output_dir / f"{tier}.npz", arrays)
         mean, std = returns(episodes).mean().item(), returns(episodes).std().item()
         row = {"return_mean": mean, "return_std": std, "episodes": len(episodes)}
-        manifest["tiers"][tier] = row | {"steps": len(arrays["actions"])}
+        found["tiers"][tier] = row | {"steps": len(arrays["actions"])}
         print(f"{tier:>6}: return {mean:8.1f} ± {std:.1f}")
     lines = [",".join(pairs[0]), *(",".join(map(str, pair.values())) for pair in pairs), ""]
     read.write_whole(output_dir / "pairs.csv", lambda path: path.write_text("\n".join(lines)))
-    files = [output_dir / f"{tier}.npz" for tier in tiers] + [output_dir / "pairs.csv"]
-    manifest["sha256"] = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-    text = json.dumps(manifest, indent=2) + "\n"
-    read.write_whole(output_dir / "manifest.json", lambda path: path.write_text(text))
-
-
-def save_arrays(path: Path, arrays: dict) -> None:
-    with open(path, "wb") as file:  # given a path, NumPy would append .npz
-        np.savez_compressed(file, **arrays)
+    files = [*(f"{tier}.npz" for tier in tiers), "pairs.csv"]
+    write.manifest(output_dir, files, args, "gymnasium mujoco", found)
 
 
 def check_args(args: Args) -> None:
@@ -283,7 +265,6 @@ def check_args(args: Args) -> None:
 def main() -> None:
     with read.input_errors():
         args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
-        given = asdict(args)
         args.total_timesteps = args.total_timesteps or robot(args)[-1]
         check_args(args)
         torch.set_num_threads(args.threads)
@@ -298,11 +279,7 @@ def main() -> None:
         if begun and state.get("recipe") != recipe(args):
             raise ValueError(f"{work_dir} holds a training with other arguments; see --work-dir")
         output_dir = Path(args.output_dir or f"data_gen/assets/mujoco/{args.env}")
-        for folder in (work_dir, output_dir):  # must be writable now, not when the training is over
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-            for left_over in folder.glob(".*.tmp"):
-                left_over.unlink()
+        write.open_folders(work_dir, output_dir)
 
     candidates = train(args, env, actor, work_dir, state)
     with read.input_errors():  # what only the finished training can tell
@@ -310,20 +287,9 @@ def main() -> None:
         lengths = {tier: [len(e["actions"]) for e in tiers[tier]] for tier in TIERS}
         rng = np.random.default_rng([args.seed, 3])
         pairs = draw_pairs(lengths, args.segment_length, args.num_pairs, args.label_noise, rng)
-    modules = {module.__name__: str(module.__version__) for module in (gym, mujoco, np, torch)}
-    manifest = {
-        "env_id": args.env,
-        "command": shlex.join(["python", *sys.argv]),
-        "seed": args.seed,
-        "arguments": given,
-        "checkpoint_steps": chosen,
-        "random_return": random,
-        "versions": {"python": sys.version.split()[0], **modules},
-        "created": time.strftime("%Y-%m-%d"),
-        "counts": {"pairs": len(pairs), "segment_length": args.segment_length},
-        "tiers": {},
-    }
-    write_dataset(output_dir, tiers, pairs, manifest)
+    found = {"env_id": args.env, "checkpoint_steps": chosen, "random_return": random, "tiers": {}}
+    found["counts"] = {"pairs": len(pairs), "segment_length": args.segment_length}
+    write_dataset(output_dir, tiers, pairs, args, found)
     print(f"wrote {output_dir}/{{low,medium,high}}.npz, pairs.csv and manifest.json")
 
 

@@ -247,6 +247,7 @@ def test_language_models_win_rate_is_over_sft(tmp_path):
 def test_hh_in_parts(tmp_path, monkeypatch):
     """No prompt in two parts; the policies' dialogues are whole."""
     import hh_parts
+
     from data_gen import hh_data
 
     dialogues = [f"\n\nHuman: q{i}\n\nAssistant:" for i in range(9)]

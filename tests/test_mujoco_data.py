@@ -209,14 +209,6 @@ def test_same_seed_same_bytes_and_another_seed_differs(tmp_path, data):
     assert all(second[name] != raw for name, raw in data_files(data).items())
 
 
-def test_step_limit(tmp_path):
-    """No episode is begun in a tier that has its steps."""
-    folder = make(tmp_path, episodes_per_tier=50, max_steps_per_tier=20)
-    for tier in TIERS:
-        lengths = lengths_of(load(folder / f"{tier}.npz"))
-        assert lengths.sum() >= 20 > lengths[:-1].sum()
-
-
 def test_a_fall_at_the_time_limit_is_a_fall():
     env = SimpleNamespace(action_space=gym.spaces.Box(-1, 1, (1,)), action=lambda action: action)
     env.reset = lambda seed: (np.zeros(2), {})
@@ -330,7 +322,7 @@ def test_other_tiers_and_pairs_need_no_new_training(tmp_path, data, updates):
 
 
 # ------------------------------------------------------------------------------------ bad input
-POSITIVE = "episodes_per_tier max_steps_per_tier segment_length num_pairs checkpoint_every "
+POSITIVE = "episodes_per_tier segment_length num_pairs checkpoint_every "
 POSITIVE += "batch_size threads learning_starts hidden"
 
 
