@@ -7,13 +7,14 @@ al., arXiv 2406.06874: (13) on language models (6.2, A.2.2). Equation numbers ar
 
 learns to write movie reviews from 1,000 demonstrations and 1,000 preferences, from a small language
 model that is in the repository, in 6 minutes on a CPU core; prints the ground-truth score, used for
-nothing else; leaves the policy in runs/<run_name>/. `--demo-weight 0 --sft-model-path RUN/sft` (of
-RLHF) is DPO, `--preference-weight 0` SFT; torchrun shards the models over processes (FSDP2).
+nothing else; leaves the policy in runs/<run_name>/. `--demo-weight 0 --sft-model-path RUN/sft` (RUN
+of rlhf_baseline.py) is DPO, `--preference-weight 0` SFT; torchrun shards models over processes.
 
     (13)  max_π  α E_D[log π(y|x)] + E_P[log σ(β log π/π⁰(y_w|x) - β log π/π⁰(y_l|x))]
 
-is (8) with the policy's own r = β log π/π⁰ as the reward. Two departures (README.md has more):
-- The paper's (13) leaves out the log before σ and swaps two denominators.
+is (8) with its lower level solved: the reward whose best policy is π is β log π/π⁰, but for a term
+of x alone that cancels, as in DPO. Two departures (README.md has more):
+- The paper's (13) leaves out the log before σ and swaps two denominators; above it is as derived.
 - log π(y|x) of a demonstration is a mean over its tokens: α = 1 weighs it about as much as a pair.
 """
 
@@ -53,17 +54,17 @@ class Args:
     preferences: str = f"{ASSETS}/preferences.jsonl"  # {prompt, chosen, rejected}
     num_demonstrations: int = 1000  # the first rows; 0 for all
     num_preferences: int = 1000  # the first rows; 0 for all
-    prompts: str = f"{ASSETS}/prompts.jsonl"  # {prompt}; the last --eval-prompts count
+    prompts: str = f"{ASSETS}/prompts.jsonl"  # {prompt}; the last --eval-prompts are read
     seed: int = 1  # of batches; evaluation has a seed of its own
     max_prompt_length: int = 64  # tokens; of longer ones the last are read
     response_length: int = 24  # tokens at most; longer responses of the data are cut
     append_eos: bool = False  # end shorter responses of the data with the end token
-    micro_batch_size: int = 64  # demonstrations, and pairs, in a forward pass
+    micro_batch_size: int = 64  # demonstrations, and pairs, in a pass; sampling is not split
     anneal: bool = True  # let the learning rate fall linearly to 0
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
 
     # What is maximised, (13)
-    demo_weight: float = 1.0  # α; 0 is DPO
+    demo_weight: float = 1.0  # α, as in (8a): β times that of Algorithm 1; 0 is DPO
     preference_weight: float = 1.0  # 0 is supervised fine-tuning
     beta: float = 0.1  # β: the smaller, the further the policy may go from the reference
     sft_normalisation: Literal["token", "sequence"] = "token"  # log π(y|x): mean or sum over tokens
@@ -86,7 +87,7 @@ class Args:
     track: bool = False  # log to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY ...)
 
 
-PRESETS = {  # flags that come before the user's own; what Table 2 leaves open is as in DPO's paper
+PRESETS = {  # flags that come before the user's own; batch and rate are as in DPO's paper
     "imdb": """--model-name-or-path gpt2 --ground-truth-path lvwerra/distilbert-imdb
         --num-demonstrations 0 --num-preferences 0 --learning-rate 1e-6 --batch-size 64
         --dpo-steps 1000""",
@@ -102,10 +103,11 @@ SCRIPT = "aihf_dpo_llm.py"
 MAY_BE_ZERO = "seed num_demonstrations num_preferences demo_weight preference_weight"
 
 
-def aihf_dpo_loss(log_demos: Tensor, lengths: Tensor, r_chosen: Tensor, r_rejected: Tensor, args):
-    """Minus (13), summed over rows: of demonstrations log π(y|x) and the length, of pairs both
-    sides' r = β log π/π⁰; all (rows,), empty where the weight is 0."""
-    log_likelihoods = log_demos / lengths if args.sft_normalisation == "token" else log_demos
+def aihf_dpo_loss(demo_log_probs, lengths, r_chosen, r_rejected, args: Args) -> Tensor:
+    """Minus (13), its terms weighted, summed over rows: of demonstrations log π(y|x) and lengths,
+    of pairs both sides' r = β log π/π⁰; all (rows,), empty where the weight is 0."""
+    by_token = args.sft_normalisation == "token"
+    log_likelihoods = demo_log_probs / lengths if by_token else demo_log_probs
     log_sigmoids = F.logsigmoid(r_chosen - r_rejected)
     return -args.demo_weight * log_likelihoods.sum() - args.preference_weight * log_sigmoids.sum()
 
@@ -129,20 +131,21 @@ def main() -> None:
         if args.preference_weight:
             pairs = policy.rows(args.preferences, "prompt chosen rejected", args.num_preferences)
         if (equal := sum(chosen == rejected for chosen, rejected in pairs)) and read.writes():
-            print(f"{args.preferences}: {equal} of {len(pairs)} pairs have equal responses")
+            print(f"{args.preferences}: {equal} of {len(pairs)} pairs are equal after the cut")
         prompts = [x for (x,) in read.rows(args.prompts, "prompt")]
         if len(prompts) < args.eval_prompts:
             raise ValueError(f"{args.prompts} has {len(prompts)} rows: too few for --eval-prompts")
         prompt_ids = policy.texts.prompts(prompts, args.prompts)[-args.eval_prompts :]
         prompts = prompts[-args.eval_prompts :]
-        data_hash = read.fingerprint(demos, pairs, prompt_ids, *reference.state_dict().values())
+        weights = (*reference.state_dict().values(), *base.state_dict().values())
+        data_hash = read.fingerprint(demos, pairs, prompt_ids, *weights)
         if state:
             if state["data_hash"] != data_hash:
-                raise ValueError("the run learned from other data, or another model, than given")
+                raise ValueError("the run had other data, another model, or other --eval-prompts")
             policy.lm.load_state_dict(state["policy"])
         for module in dict.fromkeys([policy, reference, base]):
             shard(module.to(device), device)
-        optimizer = torch.optim.Adam(policy.parameters(), fused=True)
+        optimizer = torch.optim.Adam(policy.parameters(), fused=True)  # its rate: in each step
         if state:
             load_optimizer(optimizer, state["optimizer"])
         log = state.get("log", [])  # rows of metrics.csv
@@ -154,7 +157,7 @@ def main() -> None:
     if args.evaluate:
         return evaluation(log[-1]["charts/step"])
     started = time.perf_counter()
-    references = reference.score([row for pair in pairs for row in pair]).view(-1, 2)
+    reference_log_probs = reference.score([row for pair in pairs for row in pair]).view(-1, 2)
     if not log:
         log.append({"charts/step": 0} | evaluation(0))
         log[0]["charts/wall_seconds"] = time.perf_counter() - started
@@ -163,7 +166,7 @@ def main() -> None:
 
     for step in tqdm(range(first_step, args.dpo_steps), "AIHF-DPO", disable=not read.writes()):
         started = time.perf_counter()
-        share_left = 1 - args.anneal * step / args.dpo_steps
+        share_left = 1 - step / args.dpo_steps if args.anneal else 1.0
         optimizer.param_groups[0]["lr"] = args.learning_rate * share_left
 
         # ================================================ SAMPLE: (x, y) ~ D, (y_l ≺ y_w) ~ P
@@ -174,22 +177,22 @@ def main() -> None:
         row = {}
         for part in read.parts(0, size // count, args.micro_batch_size):
             d, p = demo_indices[part], pair_indices[part]
-            rows = [demos[i] for i in d] + [pairs[i] for i in p]
-            log_probs = policy.log_probs([(x, y) for sides in rows for x, y in sides])
-            log_demos, log_pairs = log_probs.split([len(d), 2 * len(p)])
+            examples = [demos[i] for i in d] + [pairs[i] for i in p]
+            log_probs = policy.log_probs([(x, y) for sides in examples for x, y in sides])
+            demo_log_probs, pair_log_probs = log_probs.split([len(d), 2 * len(p)])
+            pair_log_probs = pair_log_probs.view(-1, 2)
             lengths = torch.tensor([len(demos[i][0][1]) for i in d], device=device)
-            log_pairs = log_pairs.view(-1, 2)
-            r_chosen, r_rejected = (args.beta * (log_pairs - references[p])).unbind(1)
-            loss = aihf_dpo_loss(log_demos, lengths, r_chosen, r_rejected, args)
+            r_chosen, r_rejected = (args.beta * (pair_log_probs - reference_log_probs[p])).unbind(1)
+            loss = aihf_dpo_loss(demo_log_probs, lengths, r_chosen, r_rejected, args)
             (loss / size).backward()
-            columns = {"losses/total": loss[None], "logps/demonstrations": log_demos}
-            columns |= {"logps/chosen": log_pairs[:, 0], "logps/rejected": log_pairs[:, 1]}
+            columns = {"losses/total": loss[None], "logps/demonstrations": demo_log_probs}
+            columns |= dict(zip(("logps/chosen", "logps/rejected"), pair_log_probs.unbind(1)))
             columns |= {"rewards/chosen": r_chosen, "rewards/rejected": r_rejected}
             columns["rewards/margins"] = r_chosen - r_rejected
             columns["rewards/accuracies"] = (r_chosen > r_rejected).float()
             for name in [name for name, column in columns.items() if len(column)]:
                 row[name] = row.get(name, 0) + columns[name].detach().sum() / size
-        row = {name: gather(mean[None]).sum() for name, mean in row.items()}
+        row = {name: gather(part[None]).sum() for name, part in row.items()}
         norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
         read.check_finite(step, run_dir, loss=row["losses/total"], gradient=norm)
         optimizer.step()
@@ -205,7 +208,7 @@ def main() -> None:
         track(row, step=step + 1)
 
         # =========================================================================== CHECKPOINT
-        if finished:  # before the checkpoint: a run killed here makes it again
+        if finished:  # before the checkpoint: a run killed in between writes it again
             save_model(policy.lm, policy.tokenizer, run_dir / "policy")
         if (step + 1) % args.checkpoint_every == 0 or finished:
             state = {"script": SCRIPT, "args": asdict(args), "data_hash": data_hash, "log": log}
@@ -221,7 +224,8 @@ def main() -> None:
 
 
 # ------------------------------------------------------------------------------------- models
-# Every pass of a policy goes through its forward, which FSDP2 watches.
+# Every pass of a policy goes through its forward, where FSDP2 gathers its parameters. Dropout is
+# off: models stay in evaluation mode, as from_pretrained returns them.
 def load(kind: str, name: str, args: Args):
     """A float32 model of a transformers Auto class and its tokenizer; no remote code is run."""
     auto, no_code = getattr(transformers, kind), {"trust_remote_code": False}
@@ -255,20 +259,17 @@ class Policy(nn.Module):
             raise ValueError(f"{name} reads {limit} tokens: too few for prompt and response")
 
     def rows(self, name: str, columns: str, count: int) -> list[tuple]:
-        """(prompt, response) in token ids for each response of each row of a file."""
+        """Of each row of a file a tuple: for each of its responses (prompt, response), in ids."""
         prompts, *sides = zip(*read.rows(name, columns, count))
-        prompt_ids, found, end = self.texts.prompts(prompts, name), [], self.texts.eos_id
+        prompt_ids, found = self.texts.prompts(prompts, name), []
         for side in sides:
-            responses = self.texts.responses(list(zip(prompts, side)), name)
-            if self.args.append_eos:
-                responses = [y if y[-1] == end else [*y, end] for y in responses]
-            responses = [y[: self.args.response_length] for y in responses]
-            found.append(zip(prompt_ids, responses))
+            given = list(zip(prompts, side)), name, self.args.append_eos
+            found.append(zip(prompt_ids, self.texts.responses(*given)))
         return list(zip(*found))
 
     def forward(self, ids: Tensor, mask: Tensor, length: int, cache: dict | None = None):
-        """Logits of the last `length` positions, float32 (rows, length, vocabulary), and the cache,
-        {} at first, of ids (rows, tokens) and the mask (rows, ·) of these and of what is cached."""
+        """Logits of the last `length` positions of ids (rows, tokens): float32 (rows, length,
+        vocabulary), and the cache for the next call, {} at first. The mask covers both."""
         positions = (mask.cumsum(-1) - 1).clamp(min=0)  # 0 at the first token, after the padding
         inputs = {"input_ids": ids, "position_ids": positions[:, -ids.shape[1] :]}
         inputs |= {"use_cache": cache is not None, "logits_to_keep": length, **(cache or {})}
@@ -299,7 +300,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def sample(self, prompts: list[list[int]], rng: np.random.Generator) -> list[list[int]]:
         """Responses to prompts, which processes share: ids up to and with the end token. Token t is
-        where the cumulative probability passes a number of the rng's, of which there are N a row
+        where the cumulative probability passes a number of the rng's, of which a row has as many
         however early it ends: no row depends on its batch. All processes end together."""
         uniform = torch.from_numpy(share(rng.random((len(prompts), self.args.response_length))))
         ids, mask = (x.to(self.lm.device) for x in read.pad(share(prompts), left=True))
@@ -334,7 +335,7 @@ def load_judge(name: str, args: Args, device: torch.device):
 
 
 # --------------------------------------------------------- several processes (torchrun), or one
-# Process r of n holds rows r, r + n ... of every batch and a share of every policy (FSDP2).
+# Process i of n holds rows i, i + n ... of every batch and a share of every policy (FSDP2).
 # Gradients are summed: losses are divided by the whole batch. All make as many forward passes.
 def start_processes(args: Args) -> tuple[torch.device, int]:
     """This process's device, and how many processes there are."""

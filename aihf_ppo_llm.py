@@ -514,7 +514,7 @@ def descend(module, optimizer, args: Args, step: int, run_dir: Path, loss: Tenso
 
 
 # --------------------------------------------------------- several processes (torchrun), or one
-# Process r of n holds rows r, r + n ... of every batch and a share of every model (FSDP2). Losses
+# Process i of n holds rows i, i + n ... of every batch and a share of every model (FSDP2). Losses
 # are divided by what all hold, for gradients are summed. All make as many forward passes.
 def start_processes(args: Args) -> tuple[torch.device, int]:
     """This process's device, and how many processes there are."""

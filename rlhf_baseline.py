@@ -236,7 +236,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         replay = np.zeros((demo_steps + args.total_timesteps, sum(widths)), np.float32)
         replay[:demo_steps] = np.column_stack([*demos[:2], *demos[3:]])[:demo_steps]
         counts = ("charts/iteration", "charts/sac_steps", "charts/env_steps", "charts/wall_seconds")
-        stage, log = 1, []  # log: rows of metrics.csv, of stage 1, of stage 2, one an iteration
+        log = []  # rows of metrics.csv: of stage 1, of stage 2, then one an iteration
 
         if state:
             if state["data_hash"] != data_hash:
@@ -246,7 +246,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             averaged.load_state_dict(state["averaged"])
             reward.load_state_dict(state["reward"])
             replay[demo_steps : demo_steps + len(state["replay"])] = state["replay"]
-            stage, log, rng.bit_generator.state = state["stage"], state["log"], state["rng"]
+            log, rng.bit_generator.state = state["log"], state["rng"]
         track = read.tracker(args)
         run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, f"{SCRIPT} mujoco")
     data = {tier: reward.features(*tiers[tier][:2]) for tier in tiers}
@@ -256,21 +256,21 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
     ]
     iteration, step = (log[-1][count] for count in counts[:2]) if log else (0, 0)
 
-    def add_to_log(row: dict, started: float) -> None:
+    def record(row: dict, started: float, save: bool = True) -> None:
+        """A row of metrics.csv, and a checkpoint."""
         seconds = time.perf_counter() - started + (log[-1]["charts/wall_seconds"] if log else 0)
         log.append(dict(zip(counts, (iteration, step, step, seconds))) | row)
         read.write_csv(run_dir / "metrics.csv", log)
         track(log[-1], step=step)
-
-    def save_checkpoint() -> None:
-        state = {"script": f"{SCRIPT} mujoco", "args": asdict(args), "data_hash": data_hash}
-        state |= {"stage": stage, "log": log, "sac": sac, "reward": reward.state_dict()}
-        state |= {"replay": torch.from_numpy(replay[demo_steps : demo_steps + step])}
-        state |= {"averaged": averaged.state_dict(), "rng": rng.bit_generator.state}
-        read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
+        if save:
+            state = {"script": f"{SCRIPT} mujoco", "args": asdict(args), "data_hash": data_hash}
+            state |= {"log": log, "sac": sac, "averaged": averaged.state_dict()}
+            state |= {"reward": reward.state_dict(), "rng": rng.bit_generator.state}
+            state["replay"] = torch.from_numpy(replay[demo_steps : demo_steps + step])
+            read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
 
     # =============================== 1. BEHAVIOUR CLONING: π⁰ = argmax_π Σ log π(a|s) over τ ~ D
-    if stage == 1:
+    if not log:
         started = time.perf_counter()
         obs, actions = (torch.from_numpy(array).to(device) for array in demos[:2])
         std, mean = torch.std_mean(obs, 0)
@@ -295,12 +295,10 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         row |= evaluate(env, averaged.module, args.eval_episodes, reward)
         del row["eval/reward_correlation"]  # there is no reward yet
         print(f"cloned policy: true return {row['eval/return_mean']:.0f}")
-        add_to_log(row, started)
-        stage = 2
-        save_checkpoint()
+        record(row, started)
 
     # =================== 2. REWARD MODEL: θ = argmax_θ L2(θ), (11), over preferences, kept smooth
-    if stage == 2 and not args.evaluate:
+    if len(log) == 1 and not args.evaluate:
         started = time.perf_counter()
         steps = [side[pair_split[0]].flatten(0, 1) for side in segments]
 
@@ -321,9 +319,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             row["reward/preference_accuracy"] = train.mean().item()
             row["reward/held_out_accuracy"] = held_out.mean().item()
         print(f"reward model: {row['reward/held_out_accuracy']:.0%} of held-out pairs in order")
-        add_to_log(row, started)
-        stage = 3
-        save_checkpoint()
+        record(row, started)
 
     # =========================== 3. RL: π = argmax_π E[R] - β KL(π ‖ π⁰), (4) with θ frozen, by SAC
     last_step = 0 if args.evaluate else args.total_timesteps
@@ -358,7 +354,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             read.check_finite(step, run_dir, rewards=rewards, sac_losses=losses, **sac["actor"])
             bar.update(block)
 
-        # ======================================================================= LOG and EVALUATE
+        # =========================================================== LOG, EVALUATE and CHECKPOINT
         iteration, finished = iteration + 1, step >= last_step
         row = dict(zip(LOSSES, losses.tolist()))
         row["reward/replay"] = rewards.mean().item()  # over the last updates' batches
@@ -366,11 +362,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         if iteration % args.eval_every == 0 or finished:
             row |= evaluate(env, averaged.module, args.eval_episodes, reward)
             bar.set_postfix_str(f"true return {row['eval/return_mean']:.0f}")
-        add_to_log(row, started)
-
-        # ============================================================================= CHECKPOINT
-        if iteration % args.checkpoint_every == 0 or finished:
-            save_checkpoint()
+        record(row, started, save=iteration % args.checkpoint_every == 0 or finished)
     bar.close()
     mean, std, *_ = evaluate(env, averaged.module, args.eval_episodes, reward).values()
     print(f"final true return {mean:.0f} ± {std:.0f}; python benchmark/plot.py {run_dir} draws it")
@@ -730,10 +722,7 @@ def llm(args: LlmArgs, state: dict) -> None:
         if not (args.sft_model_path and reward.has_head):
             demos = read.rows(args.demonstrations, "prompt completion", args.num_demonstrations)
             demo_ids = policy.texts.prompts([x for x, _ in demos], args.demonstrations)
-            completions = policy.texts.responses(demos, args.demonstrations)
-        if args.append_eos:
-            end, most = policy.texts.eos_id, args.response_length
-            completions = [(y if y[-1] == end else [*y, end])[:most] for y in completions]
+            completions = policy.texts.responses(demos, args.demonstrations, args.append_eos)
         if not reward.has_head:
             pairs = read.rows(args.preferences, "prompt chosen rejected", args.num_preferences)
             policy.texts.check_pairs(pairs, args.preferences)
@@ -771,20 +760,20 @@ def llm(args: LlmArgs, state: dict) -> None:
     if args.evaluate:
         return evaluation(log[-1]["charts/step"])
 
-    def add_to_log(step: int, row: dict, started: float) -> None:
+    def record(step: int, row: dict, started: float, save: bool = True) -> None:
+        """A row of metrics.csv, and a checkpoint."""
         seconds = time.perf_counter() - started + (log[-1]["charts/wall_seconds"] if log else 0)
         episodes = step * args.batch_size if stage == 3 else 0
         log.append({"charts/stage": stage, "charts/step": step, "charts/episodes": episodes})
         log[-1] |= {"charts/wall_seconds": seconds} | row
         track(log[-1])
-
-    def save_checkpoint() -> None:
-        state = {"script": f"{SCRIPT} llm", "args": asdict(args), "data_hash": data_hash}
-        state["log"] = log
-        state |= {name: whole(module.state_dict()) for name, module in modules.items()}
-        state |= {f"{name}_optimizer": whole(x.state_dict()) for name, x in optimizers.items()}
-        read.write_csv(run_dir / "metrics.csv", log)
-        read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
+        if save:
+            state = {"script": f"{SCRIPT} llm", "args": asdict(args), "data_hash": data_hash}
+            state["log"] = log
+            state |= {name: whole(module.state_dict()) for name, module in modules.items()}
+            state |= {f"{name}_optimizer": whole(x.state_dict()) for name, x in optimizers.items()}
+            read.write_csv(run_dir / "metrics.csv", log)
+            read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
 
     def learn(name, module, best, losses, rows, lengths, split, size, epochs, learning_rate):
         """Adam on the losses of batches of rows over their lengths. The module ends with those of
@@ -810,8 +799,7 @@ def llm(args: LlmArgs, state: dict) -> None:
                 if means[0] < min(before, default=math.inf):
                     best.load_state_dict(module.state_dict())
                 row = {f"{name}/{key}": mean for key, mean in zip(HELD_OUT, means)}
-                add_to_log(step + 1, row | {f"{name}/loss": np.mean(train_losses).item()}, started)
-                save_checkpoint()
+                record(step + 1, row | {f"{name}/loss": np.mean(train_losses).item()}, started)
                 started, train_losses = time.perf_counter(), []
         module.load_state_dict(best.state_dict())
         optimizer.state.clear()  # of no more use
@@ -841,7 +829,7 @@ def llm(args: LlmArgs, state: dict) -> None:
             reward.offset += in_parts(reward.score, args, texts).mean()
         if critic_from_reward:
             value.load_state_dict(reward.state_dict())  # the critic begins as the reward
-        add_to_log(0, evaluation(0), started)
+        record(0, evaluation(0), started, save=False)
 
     # ==================== 3. RL: π = argmax_π E[R] - β KL(π ‖ π_SFT), (4) with θ frozen, by PPO
     rates = {"policy": args.learning_rate, "value": args.value_learning_rate}
@@ -887,7 +875,7 @@ def llm(args: LlmArgs, state: dict) -> None:
             for name in rates:
                 descend(learned[name], optimizers[name], args, step, run_dir, sums)
 
-        # ===================================================================== LOG and EVALUATE
+        # ========================================================= LOG, EVALUATE and CHECKPOINT
         names = ("losses/policy", "losses/value", "losses/approx_kl", "losses/clip_fraction")
         row = dict(zip(names, torch.stack(statistics).mean(0).tolist()))
         columns = {"objective/kl": log_ratio.sum(-1), "objective/scores": scores}
@@ -897,13 +885,9 @@ def llm(args: LlmArgs, state: dict) -> None:
         finished = step + 1 == args.ppo_steps
         if (step + 1) % args.eval_every == 0 or finished:
             row |= evaluation(step + 1)
-        add_to_log(step + 1, row, started)
-
-        # =========================================================================== CHECKPOINT
-        if finished:  # before the checkpoint: a run killed here makes it again
+        if finished:  # before the checkpoint: a run killed in between writes it again
             save_model(policy.lm, policy.tokenizer, run_dir / "policy")
-        if (step + 1) % args.checkpoint_every == 0 or finished:
-            save_checkpoint()
+        record(step + 1, row, started, save=(step + 1) % args.checkpoint_every == 0 or finished)
     if read.writes():
         print(f"final: {summary(log[-1])}; python benchmark/plot.py {run_dir} draws it")
     if dist.is_initialized():
@@ -1053,7 +1037,7 @@ def descend(module, optimizer, args: LlmArgs, step: int, run_dir: Path, loss: Te
 
 
 # ----------------------------------------------------------- several processes (torchrun), or one
-# Process r of n holds rows r, r + n ... of every batch and a share of every model (FSDP2). Losses
+# Process i of n holds rows i, i + n ... of every batch and a share of every model (FSDP2). Losses
 # are divided by what all hold, for gradients are summed. All make as many forward passes.
 def start_processes(args: LlmArgs) -> tuple[torch.device, int]:
     """This process's device, and how many processes there are."""

@@ -369,14 +369,16 @@ class Texts:
         found = [ids[n:] if n and ids[:n] == self.prefix else ids for ids in found]
         return [self.prefix + ids[max(0, len(ids) + n - self.max_prompt_length) :] for ids in found]
 
-    def responses(self, rows: list[tuple[str, str]], name: str) -> list[list[int]]:
-        """Completions of prompts, cut to response_length: what follows the prompt's tokens in those
-        of the whole text or, where a token straddles the two, the completion's own."""
+    def responses(self, rows: list[tuple[str, str]], name: str, append_eos=False) -> list:
+        """Token ids of completions of prompts, cut to response_length: what follows the prompt's in
+        those of the whole text or, where a token straddles the two, the completion's own; with an
+        end token after them, if append_eos and there is none."""
         prompts, completions = zip(*rows)
         before, own = self.ids(prompts, name), self.ids(completions, name)
         whole = self.ids([x + y for x, y in rows], name)
         found = [w[len(b) :] if w[: len(b)] == b else [] for b, w in zip(before, whole)]
-        return [(after or alone)[: self.response_length] for after, alone in zip(found, own)]
+        found, end = [x or y for x, y in zip(found, own)], [self.eos_id] * append_eos
+        return [(y if y[-1:] == end else y + end)[: self.response_length] for y in found]
 
     def check_pairs(self, pairs: list[tuple[str, str, str]], name: str) -> None:
         """Both sides of every pair have tokens; says how many pairs are of equal responses."""

@@ -212,7 +212,7 @@ def slow_rlhf(a: rlhf.MujocoArgs, folder: Path):
     known = len(replay)
     episode_split, pair_split = split(len(demos)), split(len(pairs))
 
-    def state(stage, **row):
+    def state(**row):
         counts = {"charts/iteration": iteration, "charts/sac_steps": step, "charts/env_steps": step}
         reward = {f"reward.net.{key}": p.detach().clone() for key, p in net.named_parameters()}
         reward |= {"reward.obs_mean": r.mean, "reward.obs_std": r.std}
@@ -220,7 +220,7 @@ def slow_rlhf(a: rlhf.MujocoArgs, folder: Path):
         mean = helpers.mean_policy(policies).named_parameters()
         reward |= {f"averaged.module.net.{key}": p.detach() for key, p in mean}
         reward["averaged.n_averaged"] = torch.tensor(len(policies)).double()
-        rest = {"stage": stage, "replay": torch.tensor(replay[known:]).double().view(-1, 9)}
+        rest = {"replay": torch.tensor(replay[known:]).double().view(-1, 9)}
         its_sac = {f"sac.{key}": p for key, p in sac.state().items()}
         return its_sac | reward | log | rest, copy.deepcopy(rng.bit_generator.state)
 
@@ -252,7 +252,7 @@ def slow_rlhf(a: rlhf.MujocoArgs, folder: Path):
     policies.append(sac.cloned)
     row |= scores()
     del row["eval/reward_correlation"]
-    yield state(2, **row)
+    yield state(**row)
 
     # 2. The reward model
     def margins(index):
@@ -281,7 +281,7 @@ def slow_rlhf(a: rlhf.MujocoArgs, folder: Path):
     row["reward/preference_loss"] = preference_loss(pair_split[0])
     row["reward/preference_accuracy"] = (margins(pair_split[0]) > 0).double().mean()
     row["reward/held_out_accuracy"] = (margins(pair_split[1]) > 0).double().mean()
-    yield state(3, **row)
+    yield state(**row)
 
     # 3. RL
     robot = slow.Robot()
@@ -314,7 +314,7 @@ def slow_rlhf(a: rlhf.MujocoArgs, folder: Path):
         row["reward/replay"] = torch.stack(of_block).mean()
         if iteration % a.eval_every == 0 or step == a.total_timesteps:
             row |= scores()
-        yield state(3, **row)
+        yield state(**row)
 
 
 CHANGES = {  # stage 1 keeps the policy of update 15, 15 and 5 of 17, stage 2 the last reward
@@ -356,7 +356,7 @@ def test_stages_equal_a_slow_reference(tmp_path, data, monkeypatch, changes):
             continue
         state = states.pop(0)
         assert state["rng"] == random_state  # the same random numbers were drawn
-        actual = {key: state[key] for key in ("sac", "averaged", "reward", "replay", "stage")}
+        actual = {key: state[key] for key in ("sac", "averaged", "reward", "replay")}
         actual = helpers.leaves(actual | {"log": state["log"][number]})
         assert actual.pop("log.charts/wall_seconds") == sum([1, 1, 2, 2, 2][: number + 1])
         if number > 1:
@@ -566,7 +566,7 @@ def test_not_finite(tmp_path, data, monkeypatch):
     assert code == 1 and "held-out loss" in err and "updates" in err, (out, err)
     code, out, err = execute(tmp_path, data, "--learning-rate", 10**15)
     assert code == 1 and "is not finite at step 50;" in err, (out, err)
-    assert load(tmp_path / "runs" / "run")["stage"] == 3
+    assert len(load(tmp_path / "runs" / "run")["log"]) == 2  # of stages 1 and 2
 
 
 BAD_ARGUMENTS = {
