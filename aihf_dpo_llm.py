@@ -22,6 +22,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -257,6 +258,8 @@ class Policy(nn.Module):
         limit = getattr(self.lm.config, "max_position_embeddings", None) or 10**6
         if args.max_prompt_length + args.response_length > limit:
             raise ValueError(f"{name} reads {limit} tokens: too few for prompt and response")
+        if getattr(self.lm, "_is_stateful", False):  # Mamba and its like
+            raise ValueError(f"{name} is recurrent: rows of different lengths would not be right")
 
     def rows(self, name: str, columns: str, count: int) -> list[tuple]:
         """Of each row of a file a tuple: for each of its responses (prompt, response), in ids."""
@@ -325,7 +328,8 @@ def load_judge(name: str, args: Args, device: torch.device):
     model, tokenizer = load("AutoModelForSequenceClassification", name, args)
     if model.config.num_labels > 2:
         raise ValueError(f"{name} has more than two outputs: it is no reward model")
-    model.config.pad_token_id = None  # texts come one by one, none is padded
+    if hasattr(model, "score"):  # a decoder: texts come one by one, none is padded
+        model.config.pad_token_id = None
     embeddings = getattr(model.base_model, "embeddings", None)
     unused = getattr(embeddings, "padding_idx", -1) + 1  # RoBERTa's positions begin after it
     limit = getattr(model.config, "max_position_embeddings", None) or 10**6
@@ -348,7 +352,7 @@ def start_processes(args: Args) -> tuple[torch.device, int]:
     if count > 1:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # this process's "cuda"
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(timeout=timedelta(hours=3))  # others wait while one saves
     began = gather(torch.tensor([time.time_ns()], device=device))[0]  # the same in every process
     args.run_name = args.run_name or f"llm__{SCRIPT[:-3]}__{args.seed}__{began}"
     if any(size % count for size in (args.batch_size, args.eval_prompts)):
@@ -441,11 +445,11 @@ def save_model(model, tokenizer, folder: Path) -> None:
 
 
 def parse_args() -> tuple[Args, dict]:
-    """The preset or the given run's arguments, then the command line; the run's checkpoint."""
+    """The given run's arguments, the preset, then the command line; the run's checkpoint."""
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
     run = args.resume or args.evaluate
     state = read.checkpoint(run, SCRIPT) if run else {}
-    preset = PRESETS[args.preset].split() if args.preset and not run else []
+    preset = PRESETS[args.preset].split() if args.preset else []
     args = tyro.cli(Args, default=Args(**state.get("args", {})), args=preset + sys.argv[1:])
     read.check_numbers(args, MAY_BE_ZERO)
     if args.demo_weight == args.preference_weight == 0:

@@ -13,10 +13,9 @@ settings; `torchrun --nproc-per-node 2 aihf_ppo_llm.py` shards the models over p
 Three departures from the paper matter (README.md has more):
 - g1 (Lemma 5.1) is linear in R and unbounded. λ (R(τ)² + R(τ')²) is subtracted from it, so that the
   best R for g1 alone is (p_E - p_π) / (2λ (p_E + p_π)): Lemma 5.1's direction, within ±1/(2λ).
-- Preferences weigh 3, demonstrations α = 1. The reward learns fast and the policy slowly, lest
-  it exploit a reward that has not yet seen what it writes.
-- g1's responses are those of the ten latest policies, lest the reward forget. The reward learns
-  before the policy, and is then shifted, so that a critic fitted to scores around 0 stays valid.
+- Preferences weigh 3. The reward learns first and fast, lest the policy exploit one that has not
+  seen what it writes, and is then shifted: a critic fitted to scores around 0 stays valid.
+- g1's responses are those of the ten latest policies, lest the reward forget.
 
 `reward/gap` tells how it goes: large at first, near 0 once the policy is as good as the
 demonstrations; far below 0 the reward pays for what no demonstration has.
@@ -27,6 +26,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -199,6 +199,7 @@ def main() -> None:
         torch.manual_seed(args.seed)  # of new heads
         reward = Scorer(args.reward_model_path or args.model_name_or_path, args)
         critic_from_reward = reward.is_decoder and reward.vocabulary == policy.vocabulary
+        critic_from_reward &= reward.limit >= args.max_prompt_length + args.response_length
         value = copy.deepcopy(reward) if critic_from_reward else Scorer(initial, args)
         judge = Scorer(args.ground_truth_path, args, True) if args.ground_truth_path else None
 
@@ -242,14 +243,13 @@ def main() -> None:
     counts = ("charts/step", "charts/episodes", "charts/reward_updates", "charts/wall_seconds")
     log = log or [dict.fromkeys(counts, 0) | evaluation(0)]
     track(log[-1], step=len(log) - 1)
-    rates = {"policy": args.learning_rate, "value": args.value_learning_rate}
-    rates["reward"] = args.reward_learning_rate
+    rates = args.learning_rate, args.value_learning_rate, args.reward_learning_rate
 
     for step in tqdm(range(len(log) - 1, args.ppo_steps), "AIHF", disable=not read.writes()):
         started, row = time.perf_counter(), {}
         share_left = 1 - step / args.ppo_steps if args.anneal else 1.0
-        for name, optimizer in optimizers.items():
-            optimizer.param_groups[0]["lr"] = rates[name] * share_left
+        for optimizer, rate in zip(optimizers.values(), rates):
+            optimizer.param_groups[0]["lr"] = rate * share_left
 
         k, steps_since_reward = divmod(step, args.policy_steps_per_iteration)
         if steps_since_reward == 0:  # Algorithm 1 from its step 2: the first reward is random
@@ -275,8 +275,7 @@ def main() -> None:
             for batch in read.parts(0, size // count, args.reward_batch_size // count):
                 loss, correct = torch.zeros(2, device=device)
                 for part in read.parts(batch.start, batch.stop, args.micro_batch_size):
-                    r = reward.score([text for side in sides for text in side[part]])
-                    r = r.chunk(len(sides))
+                    r = reward.score([x for side in sides for x in side[part]]).chunk(len(sides))
                     losses = reward_losses(*r[:2], *r[-2:], args) / args.reward_batch_size
                     losses.sum().backward()
                     loss += losses.detach().sum()
@@ -316,9 +315,8 @@ def main() -> None:
             advantages = remax_advantages(rewards, alive, greedy_scores)
 
         statistics = []  # of each minibatch: policy and value loss, approximate KL, share clipped
-        size = args.minibatch_size // count if is_ppo else len(ids)
-        minibatches = read.parts(0, len(ids), size)  # rows were drawn in random order
-        for minibatch in minibatches * (args.ppo_epochs if is_ppo else 1):
+        size, passes = (args.minibatch_size // count, args.ppo_epochs) if is_ppo else (len(ids), 1)
+        for minibatch in read.parts(0, len(ids), size) * passes:  # rows were drawn at random
             weights = alive / total(alive[minibatch].sum())
             sums = torch.zeros(4, device=device)
             for part in read.parts(minibatch.start, minibatch.stop, args.micro_batch_size):
@@ -406,6 +404,8 @@ class Policy(nn.Module):
         limit = getattr(self.lm.config, "max_position_embeddings", None) or 10**6
         if args.max_prompt_length + args.response_length > limit:
             raise ValueError(f"{name} reads {limit} tokens: too few for prompt and response")
+        if getattr(self.lm, "_is_stateful", False):  # Mamba and its like
+            raise ValueError(f"{name} is recurrent: rows of different lengths would not be right")
 
     def forward(self, ids: Tensor, mask: Tensor, length: int, cache: dict | None = None):
         """Logits of the last `length` positions, float32 (rows, length, vocabulary), and the cache,
@@ -527,7 +527,7 @@ def start_processes(args: Args) -> tuple[torch.device, int]:
     if count > 1:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # this process's "cuda"
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(timeout=timedelta(hours=3))  # others wait while one saves
     began = gather(torch.tensor([time.time_ns()], device=device))[0]  # the same in every process
     args.run_name = args.run_name or f"llm__{SCRIPT[:-3]}__{args.seed}__{began}"
     if any(x % count for x in (args.reward_batch_size, args.minibatch_size, args.eval_prompts)):
@@ -621,12 +621,12 @@ def save_model(model, tokenizer, folder: Path) -> None:
 
 
 def parse_args() -> tuple[Args, dict]:
-    """The preset, or the arguments of the run to carry on or to evaluate, then the command line;
-    and that run's checkpoint, else {}."""
+    """The arguments of the run to carry on or to evaluate, the preset, then the command line; and
+    that run's checkpoint, else {}."""
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
     run = args.resume or args.evaluate
     state = read.checkpoint(run, SCRIPT) if run else {}
-    preset = PRESETS[args.preset].split() if args.preset and not run else []
+    preset = PRESETS[args.preset].split() if args.preset else []
     args = tyro.cli(Args, default=Args(**state.get("args", {})), args=preset + sys.argv[1:])
     read.check_numbers(args, MAY_BE_ZERO)
     if args.demo_weight == args.preference_weight == 0:

@@ -475,7 +475,7 @@ def evaluate(env: gym.Env, actor: Actor, episodes: int, reward: Reward) -> dict[
     """The only reader of the true reward: returns of deterministic episodes from fixed seeds, and
     the correlation of learned and true reward over their steps (nan if one is constant)."""
     obs, actions, lengths, true_rewards = play(env, actor, range(10_000, 10_000 + episodes))
-    returns = torch.stack([part.sum() for part in true_rewards.split(lengths.tolist())])
+    returns = torch.stack([part.double().sum() for part in true_rewards.split(lengths.tolist())])
     learned_rewards = reward(reward.features(obs, actions)).cpu()
     correlation = torch.corrcoef(torch.stack([learned_rewards, true_rewards]))[0, 1]
     row = {"return_mean": returns.mean(), "return_std": returns.std(correction=0)}

@@ -26,6 +26,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -555,7 +556,7 @@ def evaluate(env: gym.Env, actor: Actor, episodes: int, reward: Reward) -> dict[
     """The only reader of the true reward: returns of deterministic episodes from fixed seeds, and
     the correlation of learned and true reward over their steps (nan if one is constant)."""
     obs, actions, lengths, true_rewards = play(env, actor, range(10_000, 10_000 + episodes))
-    returns = torch.stack([part.sum() for part in true_rewards.split(lengths.tolist())])
+    returns = torch.stack([part.double().sum() for part in true_rewards.split(lengths.tolist())])
     learned_rewards = reward(reward.features(obs, actions)).cpu()
     correlation = torch.corrcoef(torch.stack([learned_rewards, true_rewards]))[0, 1]
     row = {"return_mean": returns.mean(), "return_std": returns.std(correction=0)}
@@ -714,6 +715,7 @@ def llm(args: LlmArgs, state: dict) -> None:
         reward = Scorer(args.reward_model_path or args.model_name_or_path, args)
         best_reward = copy.deepcopy(reward)
         critic_from_reward = reward.is_decoder and reward.vocabulary == policy.vocabulary
+        critic_from_reward &= reward.limit >= args.max_prompt_length + args.response_length
         value = best_reward if critic_from_reward else Scorer(initial, args)
         judge = Scorer(args.ground_truth_path, args, True) if args.ground_truth_path else None
 
@@ -929,6 +931,8 @@ class Policy(nn.Module):
         limit = getattr(self.lm.config, "max_position_embeddings", None) or 10**6
         if args.max_prompt_length + args.response_length > limit:
             raise ValueError(f"{name} reads {limit} tokens: too few for prompt and response")
+        if getattr(self.lm, "_is_stateful", False):  # Mamba and its like
+            raise ValueError(f"{name} is recurrent: rows of different lengths would not be right")
 
     def forward(self, ids: Tensor, mask: Tensor, length: int, cache: dict | None = None):
         """Logits of the last `length` positions, float32 (rows, length, vocabulary), and the cache,
@@ -1050,7 +1054,7 @@ def start_processes(args: LlmArgs) -> tuple[torch.device, int]:
     if count > 1:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # this process's "cuda"
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(timeout=timedelta(hours=3))  # others wait while one saves
     began = gather(torch.tensor([time.time_ns()], device=device))[0]  # the same in every process
     args.run_name = args.run_name or f"llm__{SCRIPT[:-3]}__{args.seed}__{began}"
     batches = args.sft_batch_size, args.reward_batch_size, args.minibatch_size
@@ -1147,14 +1151,14 @@ def save_model(model, tokenizer, folder: Path) -> None:
 
 # ------------------------------------------------------------------------------- the command line
 def parse_args() -> tuple:
-    """The preset, or the arguments of the run to carry on or to evaluate, then the command line;
-    and that run's checkpoint, else {}."""
+    """The arguments of the run to carry on or to evaluate, the preset, then the command line; and
+    that run's checkpoint, else {}."""
     robots = Annotated[MujocoArgs, tyro.conf.subcommand("mujoco")]
     language = Annotated[LlmArgs, tyro.conf.subcommand("llm")]
     args = tyro.cli(robots | language, description=__doc__.split("\n\n")[0])
     kind, script, run = type(args), f"{SCRIPT} {sys.argv[1]}", args.resume or args.evaluate
     state = read.checkpoint(run, script) if run else {}
-    preset = "" if run else PRESETS.get(getattr(args, "preset", ""), "")
+    preset = PRESETS.get(getattr(args, "preset", ""), "")
     args = tyro.cli(kind, default=kind(**state.get("args", {})), args=preset.split() + sys.argv[2:])
     return args, state
 

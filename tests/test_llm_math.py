@@ -720,6 +720,15 @@ def test_roberta_reads_as_much_as_it_can(tmp_path, script):
     torch.testing.assert_close(score, expected)
 
 
+def test_dpo_takes_a_judge_that_needs_its_padding_token(tmp_path):
+    tokenizer, sizes = word_tokenizer(VOCABULARY, "<s> $A </s>"), {"d_model": 8, "num_labels": 1}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": 1, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 8}
+    name = save(tmp_path, "Bart", tokenizer, 0, "SequenceClassification", **sizes)
+    model, tokenizer = dpo.load_judge(name, arguments(dpo), torch.device("cpu"))
+    assert model(**tokenizer("film plot", return_tensors="pt")).logits.shape == (1, 1)
+
+
 @POLICIES
 def test_a_tokenizer_may_read_less_than_its_model(tmp_path, script):
     tokenizer = word_tokenizer(VOCABULARY)
@@ -735,15 +744,16 @@ def test_a_tokenizer_may_read_less_than_its_model(tmp_path, script):
     torch.testing.assert_close(long, short)
 
 
+@pytest.mark.parametrize("kind, changes", [("DistilBert", {}), ("GPT2", {"n_positions": 10})])
 @SCORERS
-def test_an_encoder_is_no_critic(tmp_path, world, script):
-    """It reads whole texts at once; the critic is then a model like the policy."""
-    tokenizer = word_tokenizer(VOCABULARY)
-    kinds = {"num_labels": 1}
-    name = save(tmp_path / "bert", "DistilBert", tokenizer, 0, "SequenceClassification", **kinds)
+def test_what_is_no_critic(tmp_path, world, script, kind, changes):
+    """An encoder, which reads whole texts at once, and a reward that reads less than prompt and
+    response; the critic is then a model like the policy."""
+    tokenizer, changes = word_tokenizer(VOCABULARY), {"num_labels": 1, **changes}
+    name = save(tmp_path / "reward", kind, tokenizer, 0, "SequenceClassification", **changes)
     flags = PPO_FLAGS if script is ppo else RLHF_FLAGS | {"sft_epochs": 0.1, "reward_epochs": 0.1}
     state = load(run(script, tmp_path, world, flags | {"ppo_steps": 1, "reward_model_path": name}))
-    assert any("transformer.h." in key for key in state["value"])
+    assert len(state["value"]["model.transformer.wpe.weight"]) == 12
 
 
 # ---------------------------------------------------------------------------------------- texts

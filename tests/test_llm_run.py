@@ -559,7 +559,7 @@ def test_what_processes_cannot_share_is_refused(script, monkeypatch):
     sizes = of(script, ppo="reward minibatch", dpo="", rlhf="sft reward minibatch").split()
     names = [f"{x}_batch_size".replace("minibatch_batch", "minibatch") for x in sizes]
     monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda timeout: None)
     args = replace(arguments(script), threads=1, cuda=False)
     assert script.module.start_processes(args)[1] == 4
     for name in (*names, *(["batch_size"] if not names else []), "eval_prompts"):
@@ -573,7 +573,7 @@ def test_batches_are_of_all_processes(tmp_path, world, monkeypatch, name, alone,
     the reward, and, for the responses here are twice its share, twice as many on policy and V."""
     for processes, expected in ((1, alone), (2, of_two)):
         monkeypatch.setenv("WORLD_SIZE", str(processes))
-        monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
+        monkeypatch.setattr(torch.distributed, "init_process_group", lambda timeout: None)
         (tmp_path / str(processes)).mkdir()
         with watched() as events:
             run(SCRIPTS[name], tmp_path / str(processes), world, "--ppo-steps", 1)
@@ -933,6 +933,20 @@ def three_outputs(world, folder):
     return ["--ground-truth-path", folder / "three"]
 
 
+def recurrent(world, folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(world / "gpt2")
+    sizes = {
+        "hidden_size": 8,
+        "state_size": 4,
+        "num_hidden_layers": 1,
+        "vocab_size": len(tokenizer),
+    }
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes))
+    for saved in (model, tokenizer):
+        saved.save_pretrained(folder / "mamba")
+    return ["--model-name-or-path", folder / "mamba"]
+
+
 HEADLESS = without_a_weight("classifier.out_proj.weight")
 LARGE = edited("tokenizer.json", lambda raw: raw["model"]["vocab"].update(zzzz=9999))
 ENDLESS = edited("tokenizer_config.json", lambda raw: raw.update(eos_token=None))
@@ -953,6 +967,7 @@ BAD = {  # flags, or what makes them of the world and a folder; the line. More o
     "long texts": (["--response-length", 81], "reads 96 tokens"),
     "an untrained judge": (lambda world, _: ["--ground-truth-path", world / "gpt2"], "gpt2"),
     "three outputs": (three_outputs, "three"),
+    "recurrent": (recurrent, "mamba is recurrent"),
     "other vocabulary": (lambda world, _: ["--sft-model-path", world / "llama"], "vocabular"),
     "zero": (["--batch-size", 0], "--batch-size"),
     "threads": (["--threads", 10**11], ""),

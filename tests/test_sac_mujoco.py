@@ -6,6 +6,7 @@ error or more.
 
 import copy
 import functools
+import importlib
 import json
 import math
 import os
@@ -829,6 +830,20 @@ def test_kill_and_resume(tmp_path, data, plain, function, call, rows, by):
         assert "120/120" in err
     assert_same_run(folder, plain)
     assert {path.name for path in folder.iterdir()} == {path.name for path in plain.iterdir()}
+
+
+@pytest.mark.parametrize("script", ["aihf_sac_mujoco", "rlhf_baseline"])
+def test_true_rewards_may_be_whole_numbers(script, monkeypatch):
+    """As those of InvertedPendulum-v5 are."""
+    module, sizes = (
+        importlib.import_module(script),
+        (torch.tensor([3, 1]), torch.tensor([1, 0, 1, 1])),
+    )
+    played = torch.zeros(4, OBS_DIM), torch.zeros(4, ACT_DIM), *sizes
+    monkeypatch.setattr(module, "play", lambda *args: played)
+    reward = module.Reward(np.eye(OBS_DIM, dtype=np.float32), ACT_DIM, HIDDEN, (0.0, 1.0))
+    row = module.evaluate(None, None, 2, reward)
+    assert (row["eval/return_mean"], row["eval/return_std"]) == (1.5, 0.5)
 
 
 def test_a_finished_run_is_evaluated_and_resumed(tmp_path, finished):
