@@ -138,7 +138,7 @@ def main() -> None:
             raise ValueError(f"{args.prompts} has {len(prompts)} rows: too few for --eval-prompts")
         prompt_ids = policy.texts.prompts(prompts, args.prompts)[-args.eval_prompts :]
         prompts = prompts[-args.eval_prompts :]
-        weights = (*reference.state_dict().values(), *base.state_dict().values())
+        weights = (w for x in dict.fromkeys([reference, base]) for w in x.state_dict().values())
         data_hash = read.fingerprint(demos, pairs, prompt_ids, *weights)
         if state:
             if state["data_hash"] != data_hash:
@@ -352,7 +352,8 @@ def start_processes(args: Args) -> tuple[torch.device, int]:
     if count > 1:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # this process's "cuda"
-        dist.init_process_group(timeout=timedelta(hours=3))  # others wait while one saves
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=3))  # others wait while one saves
     began = gather(torch.tensor([time.time_ns()], device=device))[0]  # the same in every process
     args.run_name = args.run_name or f"llm__{SCRIPT[:-3]}__{args.seed}__{began}"
     if any(size % count for size in (args.batch_size, args.eval_prompts)):

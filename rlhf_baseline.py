@@ -955,11 +955,10 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompts: list[list[int]], rng: np.random.Generator):
-        """Prompts with sampled responses, ids and mask (rows, P + N), the responses' mask (rows,
-        N), 1 up to and with the end token, and whether there is one (rows,), of this process's
-        rows; the texts of all rows' responses. Token t is where the cumulative probability passes a
-        number of the rng's, of which there are N a row however early it ends: no row depends on its
-        batch. All processes end together."""
+        """Of this process's rows ids and mask (rows, P + N) of prompts with sampled responses, the
+        responses' mask (rows, N), up to and with the end token, and whether there is one (rows,);
+        of all rows the responses' texts. A token is where the cumulative probability passes a
+        number of the rng's, N a row: no row depends on its batch. All processes end together."""
         uniform = torch.from_numpy(share(rng.random((len(prompts), self.args.response_length))))
         ids, mask = (x.to(self.lm.device) for x in read.pad(share(prompts), left=True))
         token, cache, width = ids, {}, ids.shape[1]
@@ -1054,7 +1053,8 @@ def start_processes(args: LlmArgs) -> tuple[torch.device, int]:
     if count > 1:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # this process's "cuda"
-        dist.init_process_group(timeout=timedelta(hours=3))  # others wait while one saves
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=3))  # others wait while one saves
     began = gather(torch.tensor([time.time_ns()], device=device))[0]  # the same in every process
     args.run_name = args.run_name or f"llm__{SCRIPT[:-3]}__{args.seed}__{began}"
     batches = args.sft_batch_size, args.reward_batch_size, args.minibatch_size

