@@ -26,14 +26,14 @@ prepare() { # name flags ...: stages 1 and 2 of RLHF, and a PPO step that is not
 }
 
 run() { # method, start: demo or full, seed
-  local script=aihf_ppo_llm.py
-  [ "$1" = rlhf ] && script="rlhf_baseline.py llm"
+  local script=aihf_ppo_llm.py flags=()
+  [ "$1" = rlhf ] && script="rlhf_baseline.py llm" flags=(--reward-epochs 3)
   train "hh__$1__$2__$3" "$script" --seed "$3" --model-name-or-path runs/hh_demo/sft --sft-model-path "runs/hh_$2/sft" \
     --ground-truth-path runs/hh_full/reward --demonstrations runs/hh_small/demonstrations.jsonl \
     --preferences runs/hh_small/preferences.jsonl --prompts runs/hh_prompts.jsonl --num-demonstrations 0 \
-    --num-preferences 0 --reward-batch-size 16 --reward-learning-rate 5e-5 --kl-coefficient 0.05 --ppo-steps 20 \
+    --num-preferences 0 --reward-batch-size 16 --reward-learning-rate 2e-4 --kl-coefficient 0.05 --ppo-steps 20 \
     --ppo-epochs 1 --batch-size 16 --minibatch-size 16 --learning-rate 5e-5 --value-learning-rate 1e-4 --eval-prompts 96 \
-    --eval-every 10
+    --eval-every 10 ${flags[@]+"${flags[@]}"}
 }
 export -f train run
 
