@@ -160,14 +160,17 @@ def draw_curves(curves: list[dict], envs: list[str], methods: tuple[str, ...], p
 
 def draw_sweeps(finals: list[dict], path: Path) -> None:
     """Final return on Hopper-v4 against the share of the pairs, of flipped labels, and the
-    demonstrated episodes."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained", sharey=True)
+    demonstrated episodes, where more than one size has been run."""
     sweeps = {
         "share of the preference pairs": {0.1: "share0.1", 0.3: "share0.3", 1.0: "default"},
         "share of flipped labels": {0.0: "default", 0.1: "flip0.1", 0.3: "flip0.3"},
         "demonstrated episodes": {2: "demos2", 4: "demos4", 10: "default"},
     }
-    for axis, (label, sweep) in zip(axes, sweeps.items()):
+    there = {row["variant"] for row in finals if row["env"] == "Hopper-v4"}
+    sweeps = {x: sweep for x, sweep in sweeps.items() if len(there & {*sweep.values()}) > 1}
+    size = (1 + 4 * len(sweeps), 3.8)
+    figure, axes = plt.subplots(1, len(sweeps), figsize=size, layout="constrained", squeeze=False)
+    for axis, (label, sweep) in zip(axes[0], sweeps.items()):
         for method in ("aihf", "rlhf", "bc") if "episodes" in label else ("aihf", "rlhf"):
             found = {
                 x: finals_of(finals, "Hopper-v4", method, variant) for x, variant in sweep.items()
@@ -182,8 +185,8 @@ def draw_sweeps(finals: list[dict], path: Path) -> None:
         level = tiers("Hopper-v4")["high"]["return_mean"]
         axis.axhline(level, color="gray", linewidth=1, label="demonstrations")
         axis.set(xlabel=label, xticks=list(sweep))
-    axes[0].set_ylabel("final true return, Hopper-v4")
-    axes[-1].legend(frameon=False, fontsize=8)
+    axes[0, 0].set_ylabel("final true return, Hopper-v4")
+    axes[0, -1].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
