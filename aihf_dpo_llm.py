@@ -342,7 +342,7 @@ def load_judge(name: str, args: Args, device: torch.device):
 # Process i of n holds rows i, i + n ... of every batch and a share of every policy (FSDP2).
 # Gradients are summed: losses are divided by the whole batch. All make as many forward passes.
 def start_processes(args: Args) -> tuple[torch.device, int]:
-    """This process's device, and how many processes there are."""
+    """Joins torchrun's other processes, completes args; the device, and how many there are."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)

@@ -12,9 +12,9 @@ settings; `torchrun --nproc-per-node 2 aihf_ppo_llm.py` shards the models over p
 
 Three departures from the paper matter (README.md has more):
 - g1 (Lemma 5.1) is linear in R and unbounded. λ (R(τ)² + R(τ')²) is subtracted from it, so that the
-  best R for g1 alone is (p_E - p_π) / (2λ (p_E + p_π)): Lemma 5.1's direction, within ±1/(2λ).
+  best R for g1 alone is (p_E - p_π) / (2λ (p_E + p_π)), p densities: within ±1/(2λ), then shifted.
 - Preferences weigh 3. The reward learns first and fast, lest the policy exploit one that has not
-  seen what it writes, and is then shifted: a critic fitted to scores around 0 stays valid.
+  seen what it writes; the shift keeps a critic valid that was fitted to scores around 0.
 - g1's responses are those of the ten latest policies, lest the reward forget.
 
 `reward/gap` tells how it goes: large at first, near 0 once the policy is as good as the
@@ -61,11 +61,11 @@ class Args:
     num_demonstrations: int = 1000  # the first rows; 0 for all
     num_preferences: int = 1000  # the first rows; 0 for all
     prompts: str = f"{ASSETS}/prompts.jsonl"  # {prompt}; the last --eval-prompts are for evaluation
-    seed: int = 1  # of heads, held-out data, batches, sampling; evaluation has a seed of its own
+    seed: int = 1  # of heads, batches, sampling; evaluation has a seed of its own
     max_prompt_length: int = 64  # tokens; of a longer prompt the policy reads the last ones
     response_length: int = 24  # tokens at most; longer demonstrations are cut, preferences not
     temperature: float = 1.0  # of sampling; logits are divided by it in every log-probability
-    micro_batch_size: int = 64  # rows in a pass (of each side, for R): memory, not results
+    micro_batch_size: int = 64  # rows in a pass, but of sampling (of each side, for R): for memory
     anneal: bool = True  # let the learning rates fall linearly to 0 over the run (paper: no)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
 
@@ -73,14 +73,14 @@ class Args:
     demo_weight: float = 1.0  # α of Algorithm 1: that of (8a) / β (not given); 0: as in RLHF
     preference_weight: float = 3.0  # of (11); 0: inverse reinforcement learning (paper: 1)
     demo_loss: Literal["linear", "logistic"] = "linear"  # g1: Lemma 5.1, or log σ (authors' code)
-    response_memory: int = 10  # latest policies whose responses g1 sees (Lemma 5.1: 1)
+    response_memory: int = 10  # latest policies whose responses g1 sees (Algorithm 1: 1)
     reward_penalty: float = 0.3  # λ, weight of R² in the demonstration term (paper: none)
     reward_updates_per_iteration: int = 10  # Adam steps on the reward (paper: 12, for 20 PPO steps)
     reward_batch_size: int = 32  # demonstrations, and responses, and pairs, in each (paper: 128)
     reward_learning_rate: float = 1e-3  # Adam's (paper: 1e-5, for GPT-2)
 
     # Lower level: the policy
-    policy_optimizer: Literal["ppo", "remax"] = "ppo"  # remax: the greedy response is the baseline
+    policy_optimizer: Literal["ppo", "remax"] = "ppo"  # remax: no critic, one step a batch
     policy_steps_per_iteration: int = 5  # PPO steps in each policy alignment (paper: 20)
     ppo_steps: int = 60  # batches of responses in all
     batch_size: int = 64  # responses in each (paper: 256)
@@ -91,7 +91,7 @@ class Args:
     gae_lambda: float = 0.95  # of generalised advantage estimation; the discount is 1
     clip: float = 0.2  # probability ratios count up to 1 ± this
     kl_coefficient: float = 0.02  # β of (10)
-    missing_eos_penalty: float = 0.0  # taken from the score of a response without the end token
+    missing_eos_penalty: float = 0.0  # subtracted from R of a response without the end token
 
     # Running
     eval_prompts: int = 256  # held-out prompts
@@ -132,9 +132,9 @@ MAY_BE_ZERO = """seed num_demonstrations num_preferences demo_weight preference_
 
 # ---------------------------------------------------------------- the two levels, in equations
 def reward_losses(r_demos: Tensor, r_policy: Tensor, r_chosen: Tensor, r_rejected: Tensor, args):
-    """What Adam descends in the upper level: minus the objective whose gradient is α g1 + g2, (26).
-    R of demonstrations τ ~ D, of policies' responses τ' to the same prompts, and of both sides of
-    pairs τ_l ≺ τ_w, and the losses: (rows,) each. A term of weight 0 is left out."""
+    """What Adam descends in the upper level: minus the objective of (26), g2 weighted, with λ's
+    term. R of demonstrations τ ~ D, of policies' responses τ' to the same prompts, and of both
+    sides of pairs τ_l ≺ τ_w (anything where the weight is 0), and the losses: (rows,) each."""
     losses = torch.zeros_like(r_demos)
     if args.demo_weight:
         gap = r_demos - r_policy  # (28), Lemma 5.1
@@ -193,7 +193,7 @@ def main() -> None:
         initial = args.sft_model_path or args.model_name_or_path
         policy = Policy(initial, args)
         reference = copy.deepcopy(policy)  # π⁰
-        base = Policy(args.model_name_or_path, args) if args.sft_model_path else reference  # eval
+        base = Policy(args.model_name_or_path, args) if args.sft_model_path else reference
         if base.vocabulary != policy.vocabulary:
             raise ValueError("--model-name-or-path and --sft-model-path differ in vocabulary")
         torch.manual_seed(args.seed)  # of new heads
@@ -213,12 +213,12 @@ def main() -> None:
         if len(prompts) <= n:
             raise ValueError(f"{args.prompts} has too few rows for --eval-prompts {n}")
         train_prompts, train_ids = prompts[:-n], prompt_ids[:-n]
-        demos = [(prompt, prompt) for prompt in train_prompts]  # whose prompts alone are used
+        demos = [(prompt, prompt) for prompt in train_prompts]  # stand-ins: the prompts alone count
         if args.demo_weight:
             demos = read.rows(args.demonstrations, "prompt completion", args.num_demonstrations)
-        demo_ids = policy.texts.prompts([x for x, _ in demos], args.demonstrations)
+        demo_prompt_ids = policy.texts.prompts([x for x, _ in demos], args.demonstrations)
         completions = policy.texts.responses(demos, args.demonstrations)  # cut as the policy's are
-        completions = policy.texts.decode(demo_ids, completions)
+        completions = policy.texts.decode(demo_prompt_ids, completions)
         demo_texts = [x + y for (x, _), y in zip(demos, completions)]
         weights = (w for model in (reference, base) for w in model.state_dict().values())
         data_hash = read.fingerprint(pairs, prompts, demos, [n], *weights)
@@ -254,19 +254,19 @@ def main() -> None:
         k, steps_since_reward = divmod(step, args.policy_steps_per_iteration)
         if steps_since_reward == 0:  # Algorithm 1 from its step 2: the first reward is random
             # ==================================== SAMPLE: τ ~ D, τ' ~ π_k, (τ_l ≺ τ_w) ~ P
-            size = args.reward_updates_per_iteration * args.reward_batch_size
+            size = args.reward_updates_per_iteration * args.reward_batch_size  # of all updates
             indices = read.draw(len(demos), size, k, (args.seed, 1))
-            asked = [demo_ids[i] for i in indices]
+            asked = [demo_prompt_ids[i] for i in indices]
             rng, responses = np.random.default_rng([args.seed, 3, k]), []
             for part in read.parts(0, size, args.batch_size):
                 responses += policy.sample(asked[part], rng)[-1]
             fresh = [demos[i][0] + y for i, y in zip(indices, responses)]
             memory = [*memory, *zip(indices, fresh)][-args.response_memory * size :]
             order = np.random.default_rng([args.seed, 4, k]).permutation(len(memory))
-            contrasts = share([memory[j] for j in order[:size]])
+            contrasted = share([memory[j] for j in order[:size]])
             sides = []  # texts: demonstrations, responses to their prompts; both sides of pairs
             if args.demo_weight:
-                sides += [demo_texts[i] for i, _ in contrasts], [text for _, text in contrasts]
+                sides += [demo_texts[i] for i, _ in contrasted], [text for _, text in contrasted]
             if args.preference_weight:
                 drawn = [pairs[i] for i in share(read.draw(len(pairs), size, k, (args.seed, 2)))]
                 sides += [x + y for x, y, _ in drawn], [x + y for x, _, y in drawn]
@@ -296,7 +296,7 @@ def main() -> None:
         indices = read.draw(len(train_ids), args.batch_size, step, (args.seed, 5))
         asked = [train_ids[i] for i in indices]
         rng = np.random.default_rng([args.seed, 6, step])
-        ids, mask, alive, ended, responses = policy.sample(asked, rng)
+        ids, mask, alive, ended, responses = policy.sample(asked, rng)  # tensors: of own rows alone
         texts = [train_prompts[i] + response for i, response in zip(indices, responses)]
         length, scores = alive.shape[1], in_parts(reward.score, args, share(texts))
         old_log_probs = in_parts(policy.log_probs, args, ids, mask, alive)
@@ -316,8 +316,8 @@ def main() -> None:
 
         statistics = []  # of each minibatch: policy and value loss, approximate KL, share clipped
         size, passes = (args.minibatch_size // count, args.ppo_epochs) if is_ppo else (len(ids), 1)
-        for minibatch in read.parts(0, len(ids), size) * passes:  # rows were drawn at random
-            weights = alive / total(alive[minibatch].sum())
+        for minibatch in read.parts(0, len(ids), size) * passes:  # of rows drawn at random
+            weights = alive / total(alive[minibatch].sum())  # a mean over the minibatch's tokens
             sums = torch.zeros(4, device=device)
             for part in read.parts(minibatch.start, minibatch.stop, args.micro_batch_size):
                 log_probs = policy.log_probs(ids[part], mask[part], alive[part])
@@ -457,7 +457,7 @@ class Scorer(nn.Module):
     number at a text's last token, V(s) that at the last token of s."""
 
     def __init__(self, name: str, args: Args, trained: bool = False):
-        """The head is new where there is none; ValueError if it must be trained."""
+        """The head is new where there is none; ValueError then, if one must be `trained`."""
         super().__init__()
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         self.has_head = "SequenceClassification" in str(config.architectures)
@@ -516,7 +516,7 @@ def descend(module, optimizer, args: Args, step: int, run_dir: Path, loss: Tenso
 # Process i of n holds rows i, i + n ... of every batch and a share of every model (FSDP2). Losses
 # are divided by what all hold, for gradients are summed. All make as many forward passes.
 def start_processes(args: Args) -> tuple[torch.device, int]:
-    """This process's device, and how many processes there are."""
+    """Joins torchrun's other processes, completes args; the device, and how many there are."""
     transformers.logging.set_verbosity_error()  # a new head is no news
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
@@ -623,7 +623,7 @@ def save_model(model, tokenizer, folder: Path) -> None:
 def parse_args() -> tuple[Args, dict]:
     """The arguments of the run to carry on or to evaluate, the preset, then the command line; and
     that run's checkpoint, else {}."""
-    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])  # which preset, which run
     run = args.resume or args.evaluate
     state = read.checkpoint(run, SCRIPT) if run else {}
     preset = PRESETS[args.preset].split() if args.preset else []

@@ -10,9 +10,9 @@ minutes on a CPU core; prints the true return, used for nothing else; writes run
 
 Three departures from the paper matter (README.md has more):
 - g1 (Lemma 5.1) is linear in r and unbounded. Here r is bounded, positive where a fall ends an
-  episode (to fall earns less), and its slopes above 1 are penalised, as in Wasserstein GANs.
-- g1's rollouts are those of the ten latest policies, each policy alike. With the newest alone the
-  reward forgets the ones before, and policies go in circles. Learning rates fall to 0.
+  episode, so that to fall earns less, and its slopes above 1 are penalised, as in Wasserstein GANs.
+- g1's rollouts are those of the ten latest policies. With the newest alone the reward forgets, and
+  policies go in circles. Where a robot can fall SAC's replay holds the demonstrations too.
 - R(τ) in g1 is r's mean in an episode / (1 - γ): a discounted sum forgets the later steps.
 """
 
@@ -53,7 +53,7 @@ class Args:
     return_form: Literal["discounted", "mean"] = "mean"  # R(τ) in g1 (paper: discounted)
     segment_length: int = 50  # steps of each side of a preference
     preference_batch_size: int = 64  # pairs in each reward update
-    rollout_memory: int = 10  # latest policies whose rollouts g1 sees (Lemma 5.1: 1)
+    rollout_memory: int = 10  # latest policies whose rollouts g1 sees (Algorithm 1: 1)
     reward_learning_rate: float = 1e-3  # Adam's (paper: 1e-4)
     reward_range: tuple[float, float] | None = None  # bounds; None: 0 4 if it can fall, else -10 10
     gradient_penalty: float = 1000.0  # weight of the penalty on slopes of r above 1 (paper: none)
@@ -63,7 +63,7 @@ class Args:
     demos_in_replay: bool | None = None  # SAC learns from them (paper: no); None: if it can fall
     learning_starts: int = 5_000  # steps of uniformly random actions before the first update
     learning_rate: float = 1e-3  # Adam's (paper: 3e-3; the authors' code: 1e-3)
-    anneal: bool = True  # let both learning rates fall linearly to 0 (paper: no)
+    anneal: bool = True  # let both learning rates fall to 0 at --total-timesteps (paper: no)
     batch_size: int = 256  # transitions in an update (the authors' code: 100)
     entropy_coefficient: float | None = None  # β; None: tuned to an entropy of -dim(A) (code: 0.2)
     gamma: float = 0.99  # discount
@@ -79,7 +79,7 @@ class Args:
     resume: str = ""  # a run folder to carry on, with its arguments but for flags given beside it
     evaluate: str = ""  # a run folder whose policy to evaluate instead of training
     compile: bool = True  # compile the SAC update (needs a C++ compiler)
-    cuda: bool = True  # use a GPU when there is one; networks this small are faster on a CPU core
+    cuda: bool = True  # use a GPU when there is one; for networks this small a core may be faster
     threads: int = 1  # CPU threads of torch
     track: bool = False  # log to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY ...)
 
@@ -124,14 +124,14 @@ class Reward(nn.Module):
 def step_weights(lengths: Tensor, form: str, gamma: float) -> Tensor:
     """Weights (N,) of the steps of trajectories of these lengths, whose Σ weight · r is the mean of
     R(τ) = Σ_t γ^t r_t (discounted; after a fall all is worth 0) or Σ_t r_t / (T (1 - γ)) (mean)."""
-    t, steps = torch.cat([torch.arange(n) for n in lengths]), lengths.repeat_interleave(lengths)
-    weight = gamma**t if form == "discounted" else 1 / (steps * (1 - gamma))
+    t, length = torch.cat([torch.arange(n) for n in lengths]), lengths.repeat_interleave(lengths)
+    weight = gamma**t if form == "discounted" else 1 / (length * (1 - gamma))
     return weight.float() / len(lengths)
 
 
 def demonstration_gap(reward, demos, rollouts) -> Tensor:
     """Mean R(τ) of demonstrations minus mean R(τ') of rollouts, both given as features (N, obs_dim
-    + act_dim) and step_weights (N,): (). Discounted, its gradient is g1, Lemma 5.1 (28), β ∇L1."""
+    + act_dim) and step_weights (N,): (). Discounted, its gradient is g1, (28), by (34) β ∇L1."""
     (x_demos, w_demos), (x_policy, w_policy) = demos, rollouts
     return (w_demos * reward(x_demos)).sum() - (w_policy * reward(x_policy)).sum()
 
@@ -145,7 +145,7 @@ def draw(x: Tensor, weights: Tensor, count: int, rng: np.random.Generator) -> tu
 
 def preference_log_likelihood(reward, preferred, other, temperature: float = 1.0) -> Tensor:
     """L2, (11): mean log σ((R(τ_w) - R(τ_l)) / temperature) over pairs of segments, (pairs, steps,
-    obs_dim + act_dim) each, R a sum over steps: (). Its gradient in θ is g2, (27)."""
+    obs_dim + act_dim) each, R an undiscounted sum: (). Its gradient in θ is g2, (27)."""
     return F.logsigmoid((reward(preferred) - reward(other)).sum(-1) / temperature).mean()
 
 
@@ -188,13 +188,13 @@ def main() -> None:
         sac = init_sac(actor, critics, args.entropy_coefficient or 1.0)
         target_entropy = None if args.entropy_coefficient else -act_dim
         update = make_sac_update(actor, critics, args.gamma, args.tau, target_entropy)
-        shortest = play(env, actor, range(3), rng=np.random.default_rng(0))[2].min().item()
-        can_fall = shortest < env.spec.max_episode_steps  # and so end an episode
+        lengths = play(env, actor, range(3), rng=np.random.default_rng(0))[2]  # untrained
+        can_fall = lengths.min().item() < env.spec.max_episode_steps  # and so end an episode
         args.reward_range = args.reward_range or ((0.0, 4.0) if can_fall else (-10.0, 10.0))
         args.demos_in_replay = can_fall if args.demos_in_replay is None else args.demos_in_replay
         all_obs = np.concatenate([tier.obs for tier in tiers.values()])
         reward = Reward(all_obs, act_dim, args.hidden, args.reward_range).to(device)
-        reward_optimizer = torch.optim.Adam(reward.parameters())
+        reward_optimizer = torch.optim.Adam(reward.parameters())  # its rate: in each iteration
         modules = {"averaged": averaged, "reward": reward, "reward_optimizer": reward_optimizer}
         widths = (obs_dim, act_dim, obs_dim, 1)  # a transition: s, a, s', whether it ended there
         demo_steps = len(tiers["high"].obs) if args.demos_in_replay and args.demo_weight else 0
@@ -207,7 +207,7 @@ def main() -> None:
 
         if state:
             if state["data_hash"] != data_hash:
-                raise ValueError(f"the run learned from other data than {data_dir} now holds")
+                raise ValueError(f"the run had other data than {data_dir} and these weights give")
             fixed = {"beta": sac["beta"]} if args.entropy_coefficient else {}  # not learned
             tree_map(Tensor.copy_, sac, state["sac"] | fixed)
             for name, learned in modules.items():
@@ -222,12 +222,12 @@ def main() -> None:
         return reward.features(obs, actions), weights.to(device)
 
     data = {tier: features_and_weights(*episodes[:3]) for tier, episodes in tiers.items()}
-    anchors = data["high"][0] if args.demo_weight else torch.cat([x for x, _ in data.values()])
+    data_steps = data["high"][0] if args.demo_weight else torch.cat([x for x, _ in data.values()])
     segments = [  # preferred and other, (pairs, segment_length, obs_dim + act_dim) each
         torch.stack([data[tier][0][start : start + args.segment_length] for tier, start in side])
         for side in zip(*pairs)
     ]
-    step, last_step = log[-1]["charts/sac_steps"], 0 if args.evaluate else args.total_timesteps
+    step, last_step = log[-1]["charts/sac_steps"], (0 if args.evaluate else args.total_timesteps)
     if args.compile and step < last_step:
         update = compile_update(update, sac, obs_dim, act_dim, args.batch_size)
     bar = tqdm(total=last_step, initial=step, desc=args.env, unit="step", disable=last_step == 0)
@@ -266,11 +266,11 @@ def main() -> None:
                 read.check_finite(step, run_dir, rewards=rewards, losses=losses, **sac["actor"])
             bar.update(block)
 
-        # ========================================================== SAMPLE: τ' ~ π_{k+1}, τ ~ D
+        # ========================================= SAMPLE: τ' ~ π_{k+1}; g1 sees the ten latest
         seeds = rng.integers(2**31, size=args.rollout_steps_per_iteration)  # more than enough
         fresh = play(env, actor, seeds, args.rollout_steps_per_iteration, rng)[:3]
         recent = [*recent, fresh][-args.rollout_memory :]
-        x, weights = map(torch.cat, zip(*(features_and_weights(*policy) for policy in recent)))
+        x, weights = map(torch.cat, zip(*(features_and_weights(*rollout) for rollout in recent)))
         rollouts = x, weights / len(recent)  # each policy alike, however many episodes it played
 
         # ================ UPPER LEVEL (8a): θ_{k+1} = θ_k + η (α g1 + g2), with a slope penalty
@@ -278,19 +278,19 @@ def main() -> None:
         for _ in range(args.reward_updates_per_iteration):
             objective = torch.zeros((), device=device)
             if args.demo_weight:  # g1
-                sides = (draw(*x, args.demo_batch_size, rng) for x in (data["high"], rollouts))
+                sides = (draw(*of, args.demo_batch_size, rng) for of in (data["high"], rollouts))
                 objective += args.demo_weight * demonstration_gap(reward, *sides)
             if args.preference_weight:  # g2
-                batch = torch.from_numpy(rng.integers(len(pairs), size=args.preference_batch_size))
-                sides = (side[batch] for side in segments)
+                index = torch.from_numpy(rng.integers(len(pairs), size=args.preference_batch_size))
+                sides = (side[index] for side in segments)
                 likelihood = preference_log_likelihood(reward, *sides, args.preference_temperature)
                 objective += args.preference_weight * likelihood
-            points = between(anchors, rollouts[0], PENALTY_POINTS, rng)
+            points = between(data_steps, rollouts[0], PENALTY_POINTS, rng)
             objective -= args.gradient_penalty * slope_penalty(reward, points)
             reward_optimizer.zero_grad()
             (-objective).backward()  # Adam descends
             reward_optimizer.step()
-        read.check_finite(step, run_dir, objective=objective, reward=reward(anchors))
+        read.check_finite(step, run_dir, objective=objective, reward=reward(data_steps))
 
         # ======================================================================= LOG and EVALUATE
         iteration, finished = log[-1]["charts/iteration"] + 1, step >= last_step
@@ -361,8 +361,8 @@ class Critics(nn.Module):
 
 
 def init_sac(actor: Actor, critics: Critics, beta: float) -> dict[str, dict[str, Tensor]]:
-    """What an update changes in place, {"actor": {name: parameter}, ...}, sharing the modules'
-    memory: these always hold the latest policy."""
+    """What an update changes in place, {"actor": {name: parameter}, ...}, sharing the memory of
+    actor and critics, which so stay the latest; Adam's moments, targets and log β beside them."""
     sac = {"actor": dict(actor.named_parameters()), "critics": dict(critics.named_parameters())}
     sac["beta"] = {"log": torch.tensor(math.log(beta), device=actor.net[0].weight.device)}
     sac = {net: {key: p.detach() for key, p in params.items()} for net, params in sac.items()}
@@ -388,15 +388,15 @@ def adam_(sac: dict, net: str, gradients: dict[str, Tensor], learning_rate: Tens
 def make_sac_update(actor, critics, gamma: float, tau: float, target_entropy: float | None):
     """The SAC update (Haarnoja et al. 2018), fit to be compiled; target_entropy None fixes β."""
 
-    def update(sac, learning_rate, obs, action, reward, next_obs, terminated, noise) -> Tensor:
+    def update(sac, learning_rate, obs, action, rewards, next_obs, terminated, noise) -> Tensor:
         """A step on a batch; noise (2, batch, act_dim). (5,): LOSSES."""
         sac["updates"]["count"].add_(1)
-        beta = sac["beta"]["log"].exp()
+        beta = sac["beta"]["log"].exp()  # no graph: all of sac is detached
 
         # Q networks: the soft Bellman backup goes on past a truncation, not past a termination.
         next_action, next_log_prob = functional_call(actor, sac["actor"], (next_obs, noise[0]))
         next_q = functional_call(critics, sac["targets"], (next_obs, next_action)).amin(-1)
-        backup = reward + gamma * (1 - terminated) * (next_q - beta * next_log_prob)
+        backup = rewards + gamma * (1 - terminated) * (next_q - beta * next_log_prob)
 
         def critic_loss(params):
             q = functional_call(critics, params, (obs, action))
@@ -485,7 +485,7 @@ def evaluate(env: gym.Env, actor: Actor, episodes: int, reward: Reward) -> dict[
 
 @torch.no_grad()
 def reward_metrics(reward, data: dict, x_policy: Tensor, segments: list, args: Args) -> dict:
-    """What the reward makes of the data and of the latest policy's steps (N, obs_dim + act_dim)."""
+    """What the reward makes, per step, of the data and of the latest policy's steps (N, d)."""
     r_policy = reward(x_policy)
     row = {"reward/policy": r_policy.mean().item(), "reward/max": r_policy.max().item()}
     if "high" in data:

@@ -96,7 +96,7 @@ class MujocoArgs:
     resume: str = ""  # a run folder to carry on, with its arguments but for flags given beside it
     evaluate: str = ""  # a run folder whose policy to evaluate instead of training
     compile: bool = True  # compile the SAC update (needs a C++ compiler)
-    cuda: bool = True  # use a GPU when there is one; networks this small are faster on a CPU core
+    cuda: bool = True  # use a GPU when there is one; for networks this small a core may be faster
     threads: int = 1  # CPU threads of torch
     track: bool = False  # log to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY ...)
 
@@ -141,8 +141,8 @@ class Reward(nn.Module):
 
 
 def preference_log_likelihood(reward, preferred: Tensor, other: Tensor) -> Tensor:
-    """L2, (11): mean log σ(R(τ_w) - R(τ_l)) over pairs of segments, (pairs, steps, obs_dim +
-    act_dim) each, R a sum over steps: (). Its gradient in θ is g2, (27)."""
+    """L2, (11): mean log σ(R(τ_w) - R(τ_l)), AIHF's at temperature 1, over pairs of segments,
+    (pairs, steps, obs_dim + act_dim) each, R an undiscounted sum: ()."""
     return F.logsigmoid((reward(preferred) - reward(other)).sum(-1)).mean()
 
 
@@ -226,8 +226,8 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         target_entropy = None if args.kl_coefficient else -act_dim
         settings = args.gamma, args.tau, target_entropy, args.critic_warmup_steps
         update = make_sac_update(actor, critics, *settings)
-        shortest = play(env, actor, range(3), rng=np.random.default_rng(0))[2].min().item()
-        can_fall = shortest < env.spec.max_episode_steps  # and so end an episode
+        lengths = play(env, actor, range(3), rng=np.random.default_rng(0))[2]  # untrained
+        can_fall = lengths.min().item() < env.spec.max_episode_steps  # and so end an episode
         args.reward_range = args.reward_range or ((0.0, 4.0) if can_fall else (-10.0, 10.0))
         args.demos_in_replay = can_fall if args.demos_in_replay is None else args.demos_in_replay
         all_obs = np.concatenate([tier.obs for tier in tiers.values()])
@@ -260,7 +260,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
     def record(row: dict, started: float, save: bool = True) -> None:
         """A row of metrics.csv, and a checkpoint."""
         seconds = time.perf_counter() - started + (log[-1]["charts/wall_seconds"] if log else 0)
-        log.append(dict(zip(counts, (iteration, step, step, seconds))) | row)
+        log.append(dict(zip(counts, (iteration, step, step, seconds))) | row)  # no rollouts
         read.write_csv(run_dir / "metrics.csv", log)
         track(log[-1], step=step)
         if save:
@@ -432,8 +432,8 @@ class Critics(nn.Module):
 
 
 def init_sac(actor: Actor, critics: Critics, beta: float) -> dict[str, dict[str, Tensor]]:
-    """What an update changes in place, {"actor": {name: parameter}, ...}, sharing the modules'
-    memory: these always hold the latest policy."""
+    """What an update changes in place, {"actor": {name: parameter}, ...}, sharing the memory of
+    actor and critics, which so stay the latest; Adam's moments, targets and log β beside them."""
     sac = {"actor": dict(actor.named_parameters()), "critics": dict(critics.named_parameters())}
     sac["beta"] = {"log": torch.tensor(math.log(beta), device=actor.net[0].weight.device)}
     sac = {net: {key: p.detach() for key, p in params.items()} for net, params in sac.items()}
@@ -460,11 +460,11 @@ def make_sac_update(actor, critics, gamma: float, tau: float, target_entropy, wa
     """The SAC update (Haarnoja et al. 2018), fit to be compiled, with the penalty β KL(π ‖ π⁰) of
     (4). π⁰ is the clone; with a target_entropy, which tunes β, π⁰ is uniform: SAC's own bonus."""
 
-    def update(sac, learning_rate, obs, action, reward, next_obs, terminated, noise) -> Tensor:
+    def update(sac, learning_rate, obs, action, rewards, next_obs, terminated, noise) -> Tensor:
         """A step on a batch; noise (2, batch, act_dim). (6,): LOSSES; KL lacks a constant
         where π⁰ is uniform."""
         sac["updates"]["count"].add_(1)
-        beta = sac["beta"]["log"].exp()
+        beta = sac["beta"]["log"].exp()  # no graph: all of sac is detached
         policy_rate = learning_rate * (sac["updates"]["count"] > warm_up)  # 0: critics alone learn
 
         def sample(params, obs, noise) -> tuple[Tensor, Tensor, Tensor]:
@@ -477,7 +477,7 @@ def make_sac_update(actor, critics, gamma: float, tau: float, target_entropy, wa
         # Q networks: the soft Bellman backup goes on past a truncation, not past a termination.
         next_action, _, next_kl = sample(sac["actor"], next_obs, noise[0])
         next_q = functional_call(critics, sac["targets"], (next_obs, next_action)).amin(-1)
-        backup = reward + gamma * (1 - terminated) * (next_q - beta * next_kl)
+        backup = rewards + gamma * (1 - terminated) * (next_q - beta * next_kl)
 
         def critic_loss(params):
             q = functional_call(critics, params, (obs, action))
@@ -585,7 +585,7 @@ class LlmArgs:
     response_length: int = 24  # tokens at most; longer demonstrations are cut, preferences not
     temperature: float = 1.0  # of sampling; logits are divided by it in every log-probability
     append_eos: bool = False  # end demonstrations with the end token; they may also spell it out
-    micro_batch_size: int = 64  # rows in a pass (of each side, for R): memory, not results
+    micro_batch_size: int = 64  # rows in a pass, but of sampling (of each side, for R): for memory
     anneal: bool = True  # let the learning rate of each stage fall linearly to 0 (paper: no)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
 
@@ -609,7 +609,7 @@ class LlmArgs:
     gae_lambda: float = 0.95  # of generalised advantage estimation; the discount is 1
     clip: float = 0.2  # probability ratios count up to 1 ± this
     kl_coefficient: float = 0.05  # β of (4)
-    missing_eos_penalty: float = 0.0  # taken from the score of a response without the end token
+    missing_eos_penalty: float = 0.0  # subtracted from R of a response without the end token
 
     # Running
     eval_prompts: int = 256  # held-out prompts
@@ -663,7 +663,7 @@ def preference_losses(reward, pairs: list[tuple[str, str, str]]) -> Tensor:
 
 
 def token_rewards(log_ratio: Tensor, scores: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """(10) token by token, (rows, N): -β log(π/π⁰) at each, plus the score at the last (Ziegler et
+    """(4) token by token, (rows, N): -β log(π/π⁰) at each, plus the score at the last (Ziegler et
     al. 2019); log_ratio and mask (rows, N), scores (rows,)."""
     last = (mask.cumsum(-1) == mask.sum(-1, keepdim=True)) * mask
     return -beta * log_ratio * mask + scores[:, None] * last
@@ -716,14 +716,14 @@ def llm(args: LlmArgs, state: dict) -> None:
         best_reward = copy.deepcopy(reward)
         critic_from_reward = reward.is_decoder and reward.vocabulary == policy.vocabulary
         critic_from_reward &= reward.limit >= args.max_prompt_length + args.response_length
-        value = best_reward if critic_from_reward else Scorer(initial, args)
+        value = best_reward if critic_from_reward else Scorer(initial, args)  # V, in stage 3
         judge = Scorer(args.ground_truth_path, args, True) if args.ground_truth_path else None
 
         # The data: demonstrations and preferences where a stage reads them, and prompts
-        demos, pairs, demo_ids, completions = [], [], [], []
+        demos, pairs, demo_prompt_ids, completions = [], [], [], []
         if not (args.sft_model_path and reward.has_head):
             demos = read.rows(args.demonstrations, "prompt completion", args.num_demonstrations)
-            demo_ids = policy.texts.prompts([x for x, _ in demos], args.demonstrations)
+            demo_prompt_ids = policy.texts.prompts([x for x, _ in demos], args.demonstrations)
             completions = policy.texts.responses(demos, args.demonstrations, args.append_eos)
         if not reward.has_head:
             pairs = read.rows(args.preferences, "prompt chosen rejected", args.num_preferences)
@@ -809,7 +809,7 @@ def llm(args: LlmArgs, state: dict) -> None:
     # ======================== 1. SFT: π_SFT = argmax_π Σ log π(y|x) over demonstrations (x, y) ~ D
     if stage == 1:
         if not args.sft_model_path:
-            data = list(zip(demo_ids, completions)), list(map(len, completions)), splits[0]
+            data = list(zip(demo_prompt_ids, completions)), list(map(len, completions)), splits[0]
             schedule = args.sft_batch_size, args.sft_epochs, args.sft_learning_rate
             learn("sft", policy, reference, sft_losses, *data, *schedule)
             save_model(policy.lm, policy.tokenizer, run_dir / "sft")
@@ -826,7 +826,7 @@ def llm(args: LlmArgs, state: dict) -> None:
 
         started = time.perf_counter()
         if demos:  # R is free up to a constant: let demonstrations be worth 0 on average
-            responses = policy.texts.decode(demo_ids, completions)
+            responses = policy.texts.decode(demo_prompt_ids, completions)
             texts = [prompt + y for (prompt, _), y in zip(demos, responses)]
             reward.offset += in_parts(reward.score, args, texts).mean()
         if critic_from_reward:
@@ -984,7 +984,7 @@ class Scorer(nn.Module):
     number at a text's last token, V(s) that at the last token of s."""
 
     def __init__(self, name: str, args: LlmArgs, trained: bool = False):
-        """The head is new where there is none; ValueError if it must be trained."""
+        """The head is new where there is none; ValueError then, if one must be `trained`."""
         super().__init__()
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         self.has_head = "SequenceClassification" in str(config.architectures)
@@ -1043,7 +1043,7 @@ def descend(module, optimizer, args: LlmArgs, step: int, run_dir: Path, loss: Te
 # Process i of n holds rows i, i + n ... of every batch and a share of every model (FSDP2). Losses
 # are divided by what all hold, for gradients are summed. All make as many forward passes.
 def start_processes(args: LlmArgs) -> tuple[torch.device, int]:
-    """This process's device, and how many processes there are."""
+    """Joins torchrun's other processes, completes args; the device, and how many there are."""
     transformers.logging.set_verbosity_error()  # a new head is no news
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
