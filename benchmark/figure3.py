@@ -1,7 +1,7 @@
 """Figure 3: AIHF against RLHF, what each source of data gives, and fewer or worse data.
 
     bash benchmark/main_job.sh && bash benchmark/figure3.sh    # the runs
-    python benchmark/figure3.py                                # needs pip install -e '.[figures]'
+    python benchmark/figure3.py                                # needs pip install -e '.[plot]'
 
 adds what it finds in runs/ to results/figure3.csv (a row an evaluation) and
 results/figure3_runs.csv (a row a run, of every variant), draws figures/figure3*.png from these and
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from rliable import library, metrics
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -36,9 +35,9 @@ def collect(runs: Path) -> tuple[list[dict], list[dict]]:
     """Rows of figure3.csv and of figure3_runs.csv for the finished runs in this folder. RLHF's
     evaluation at 0 steps is of the cloned policy alone, bc."""
     curves, finals = [], []
-    for path in sorted(runs.glob("*__*/metrics.csv")):
+    for path in sorted(runs.glob("*__*__[123]/metrics.csv")):
         kind, *name = path.parent.name.split("__")
-        if kind not in ("main_job", "figure3") or name[-1] not in ("1", "2", "3"):
+        if kind not in ("main_job", "figure3"):
             continue
         env, method, variant, seed = (
             name if len(name) == 4 else (name[0], "aihf", "default", name[1])
@@ -73,22 +72,11 @@ def finals_of(finals, env: str, method: str, variant="default", key="final") -> 
     return np.array([float(r[key] or "nan") for r in sorted(rows, key=lambda r: int(r["seed"]))])
 
 
-def iqm(scores: np.ndarray) -> str:
-    """Interquartile mean of runs (seeds,) with its 95 % interval from 10,000 bootstraps (Agarwal et
-    al. 2021)."""
-    estimate = library.get_interval_estimates(
-        {"x": scores[:, None]},
-        lambda x: np.array([metrics.aggregate_iqm(x)]),
-        reps=10_000,
-        random_state=np.random.RandomState(0),
-    )
-    low, high = estimate[1]["x"][:, 0]
-    return f"{estimate[0]['x'][0]:.0f} [{low:.0f}, {high:.0f}]"
-
-
 def table(finals: list[dict]) -> str:
-    lines = ["| environment | method | data | runs | final | final / demo | best | IQM of final |"]
-    lines = [f"{lines[0]} correlation | min |", "|---" * 10 + "|"]
+    lines = [
+        "| environment | method | data | runs | final | final / demo | best | correlation | min |"
+    ]
+    lines.append("|---" * 9 + "|")
     variants = sorted(
         {row["variant"] for row in finals}, key=lambda name: (name != "default", name)
     )
@@ -102,28 +90,11 @@ def table(finals: list[dict]) -> str:
             continue
         share = final.mean() / tiers(group[0])["high"]["return_mean"]
         cells = [*group, len(final), f"{final.mean():.0f} ± {final.std():.0f}", f"{share:.0%}"]
-        cells += [f"{best.mean():.0f} ± {best.std():.0f}", iqm(final), f"{correlation.mean():.2f}"]
+        cells += [f"{best.mean():.0f} ± {best.std():.0f}", f"{correlation.mean():.2f}"]
         if group[1] == "bc":  # evaluated once, and has no reward
-            cells[-3] = cells[-1] = ""
+            cells[-2:] = "", ""
         lines.append(f"| {' | '.join(map(str, cells))} | {seconds.mean() / 60:.0f} |")
     return "\n".join(lines)
-
-
-def improvement(finals: list[dict], x: str, y: str) -> str:
-    """Probability that a run of x ends above one of y on a robot chosen at random (Agarwal et al.
-    2021)."""
-    table = {name: [finals_of(finals, env, name) for env in ENVS] for name in (x, y)}
-    runs = min(len(final) for finals_of_method in table.values() for final in finals_of_method)
-    scores = [np.stack([final[:runs] for final in table[name]], 1) for name in (x, y)]
-    estimate, interval = library.get_interval_estimates(
-        {"x,y": scores},
-        metrics.probability_of_improvement,
-        reps=2_000,
-        random_state=np.random.RandomState(0),
-    )
-    low, high = interval["x,y"].ravel()
-    words = f"P({x} > {y}) = {estimate['x,y']:.2f} [{low:.2f}, {high:.2f}]"
-    return f"{words} over {len(ENVS)} robots, {runs} seeds each"
 
 
 def draw_curves(curves: list[dict], envs: list[str], methods: tuple[str, ...], path: Path) -> None:
@@ -196,9 +167,6 @@ if __name__ == "__main__":
     curves = merge(CURVES, new_curves, ("env", "method", "seed"), by_steps)
     finals = merge(RUNS, new_finals, ("env", "method", "variant", "seed"), by_steps)
     print(table(finals))
-    for other in ("rlhf", "rlhf-no-kl", "bc"):
-        if all(len(finals_of(finals, env, method)) for env in ENVS for method in ("aihf", other)):
-            print(improvement(finals, "aihf", other))
     figures, sources = (
         ROOT / "benchmark/figures",
         ("aihf", "demonstrations-only", "preferences-only"),

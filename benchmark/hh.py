@@ -42,20 +42,22 @@ def collect(runs: Path) -> tuple[list[dict], list[dict]]:
     """Rows of hh.csv and of hh_scores.csv for this folder's finished runs hh__<method>__<start>__
     <seed>. RLHF's samples before its first PPO step are those of the initial model."""
     rows, scores = [], []
-    for path in sorted(runs.glob("hh__*__*__*/metrics.csv")):
+    for path in sorted(runs.glob("hh__*__*__[0-9]/metrics.csv")):
         folder, table = path.parent, evaluations(path.parent, "eval/gt_score")
         _, method, start, seed = folder.name.split("__")
         steps = json.loads((folder / "args.json").read_text())["ppo_steps"]
         if not table or float(table[-1]["charts/step"]) < steps:
             continue
+        demo = runs / f"hh__rlhf__demo__{seed}/samples_sft.jsonl"
+        if not demo.exists():
+            continue
         groups = {method: ("samples.jsonl", table)}
         if method == "rlhf":
             groups["sft"] = "samples_sft.jsonl", table[:1]
-        demo = runs / f"hh__rlhf__demo__{seed}/samples_sft.jsonl"
         for name, (file, found) in groups.items():
             run, own = {"start": start, "method": name, "seed": seed}, samples(folder / file)
             rows += [run | {key: row[metric] for key, metric in METRICS.items()} for row in found]
-            rows[-1]["win_rate"] = str(win_rate(own, samples(demo))) if demo.exists() else ""
+            rows[-1]["win_rate"] = str(win_rate(own, samples(demo)))
             scores += [run | {"gt_score": f"{sample['gt_score']:.5g}"} for sample in own]
     return rows, scores
 

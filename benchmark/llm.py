@@ -82,9 +82,9 @@ def win_rate(run: list[dict], sft: list[dict]) -> float:
 
 def collect(runs: Path, name: str = "llm") -> tuple[list[dict], list[dict]]:
     """Rows of llm.csv and of llm_scores.csv for this folder's finished runs, whose names begin with
-    `name`. RLHF's evaluation at 0 steps is of SFT alone."""
+    `name` and whose SFT is there. RLHF's evaluation at 0 steps is of SFT alone."""
     rows, scores = [], []
-    for path in sorted(runs.glob(f"{name}__*__*__*__*/metrics.csv")):
+    for path in sorted(runs.glob(f"{name}__*__*__*__[0-9]/metrics.csv")):
         folder, table = path.parent, evaluations(path.parent, "eval/gt_score")
         _, method, demonstrations, preferences, seed = folder.name.split("__")
         args = json.loads((folder / "args.json").read_text())
@@ -99,8 +99,10 @@ def collect(runs: Path, name: str = "llm") -> tuple[list[dict], list[dict]]:
         ]
         # SFT does not read the preferences: the run with 1,000 has it
         sft = runs / f"{name}__rlhf__{demonstrations}__1000__{seed}/samples_sft.jsonl"
+        if not sft.exists():
+            continue
         own = samples(folder / "samples.jsonl")
-        table[-1]["win_rate"] = str(win_rate(own, samples(sft))) if sft.exists() else ""
+        table[-1]["win_rate"] = str(win_rate(own, samples(sft)))
         if method == "rlhf":
             table.append(table[0] | {"method": "sft", "win_rate": "0.5"})
         size = demonstrations, preferences
@@ -266,16 +268,16 @@ def distinct(texts: list[str]) -> float:
 
 
 def stability(rows: list[dict], figure: str, method: str, size, data: Path) -> str:
-    """How far each seed falls after its best evaluation, in shares of the way from the base model
-    to the expert, whose scores are in the data's manifest."""
+    """How far each seed falls below its best so far, at most, in shares of the way from the base
+    model to the expert, whose scores are in the data's manifest."""
     manifest = json.loads((data / "manifest.json").read_text())
     base, *_, expert = (row["mean"] for row in manifest["checkpoints"].values())
     falls = {
-        seed: (run["gt_score"].max() - run["gt_score"][run["gt_score"].argmax() :].min())
+        seed: (np.maximum.accumulate(run["gt_score"]) - run["gt_score"]).max()
         for seed, run in runs_of(rows, figure, method, size).items()
     }
     words = [f"seed {seed} {fall / (expert - base):.0%}" for seed, fall in falls.items()]
-    return f"{method}, {' + '.join(size)}, falls after its best by: {', '.join(words)}"
+    return f"{method}, {' + '.join(size)}, falls below its best so far by: {', '.join(words)}"
 
 
 def at_equal_kl(rows: list[dict], figure: str, size: tuple[str, str]) -> str:
@@ -286,7 +288,10 @@ def at_equal_kl(rows: list[dict], figure: str, size: tuple[str, str]) -> str:
     for seed in sorted(set(aihf) & set(rlhf)):
         kl, truth = (aihf[seed][name][-1] for name in ("kl", "gt_score"))
         way_up = np.maximum.accumulate(rlhf[seed]["kl"])[: rlhf[seed]["kl"].argmax() + 1]
-        other = np.interp(kl, way_up, rlhf[seed]["gt_score"][: len(way_up)])
+        passed = rlhf[seed]["gt_score"][: len(way_up)]
+        other = np.interp(
+            kl, way_up, passed, left=np.nan, right=np.nan
+        )  # nan: RLHF was never there
         words.append(f"seed {seed} at {kl:.1f} nats {truth:.2f} / {other:.2f}")
     return f"{size[0]} + {size[1]}, AIHF / RLHF: {', '.join(words)}"
 

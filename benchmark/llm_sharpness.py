@@ -100,8 +100,8 @@ def main() -> None:
         judges["gameable_score"] = Scorer(str(GAMEABLE), args, True)
     base = Policy(str(ROOT / args.model_name_or_path), args)
     prompts = [x for (x,) in read.rows(str(ROOT / args.prompts), "prompt")][-args.eval_prompts :]
-    with open(ROWS, newline="") as file:
-        known = [tuple(row[key] for key in KEYS) for row in csv.DictReader(file)]
+    text = ROWS.read_text(encoding="utf-8") if ROWS.exists() else ""
+    known = [tuple(row[key] for key in KEYS) for row in csv.DictReader(text.splitlines())]
     todo = {("base", "", "", ""): ROOT / args.model_name_or_path} | policies(ROOT / "runs")
     new = []
     for run, folder in todo.items():

@@ -71,7 +71,7 @@ def collect(runs: Path) -> list[dict]:
     """One row for each evaluation of each finished run named main_job__<env>__<seed>; gap is a
     share of the width of the reward's range."""
     rows = []
-    for path in sorted(runs.glob("main_job__*/metrics.csv")):
+    for path in sorted(runs.glob("main_job__*__[0-9]/metrics.csv")):
         _, env, seed = path.parent.name.split("__")
         args, found = json.loads((path.parent / "args.json").read_text()), evaluations(path.parent)
         if not found or float(found[-1]["charts/sac_steps"]) < args["total_timesteps"]:

@@ -22,11 +22,12 @@ def collect(runs: Path) -> list[dict]:
     for path in sorted(runs.glob("other_robots__*__1/metrics.csv")):
         folder = path.parent
         args, found = json.loads((folder / "args.json").read_text()), evaluations(folder)
+        manifest = runs / f"other_robots_data__{args['env']}/manifest.json"
         if not found or float(found[-1]["charts/sac_steps"]) < args["total_timesteps"]:
             continue
-        manifest = json.loads(
-            (runs / f"other_robots_data__{args['env']}/manifest.json").read_text()
-        )
+        if not manifest.exists():
+            continue
+        manifest = json.loads(manifest.read_text())
         data = {"expert_steps": manifest["arguments"]["total_timesteps"]}
         data["random"] = f"{manifest['random_return']:.6g}"
         for tier, numbers in manifest["tiers"].items():

@@ -179,7 +179,8 @@ def pick_tiers(args: Args, env, actor: Actor, candidates: list) -> tuple[dict, d
 
     A tier's shortlist is the ten candidates whose three-episode return is nearest to its target;
     the one whose own episodes come nearest is taken, a quarter of their standard deviation counted
-    as distance. ValueError if none keeps low < medium <= high in mean return.
+    as distance. ValueError if none of another policy than medium's keeps low <
+    medium <= high in mean return.
     """
     rng, random_rng = (np.random.default_rng([args.seed, stream]) for stream in (1, 2))
     random = returns([record(env, None, random_rng) for _ in range(20)]).mean().item()
@@ -199,6 +200,7 @@ def pick_tiers(args: Args, env, actor: Actor, candidates: list) -> tuple[dict, d
             scores = returns(episodes)
             distance = abs(scores.mean() - target) + scores.std() / 4
             in_order = scores.mean() < above or tier == "medium" and scores.mean() == above
+            in_order &= tier != "low" or step != steps["medium"]  # the same policy's would be noise
             if in_order and distance < nearest:
                 nearest, mean, tiers[tier], steps[tier] = distance, scores.mean(), episodes, step
         if tier not in tiers:

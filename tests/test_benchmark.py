@@ -195,7 +195,6 @@ def test_other_robots(runs):
 
 
 def test_robots_runs_become_figure_3s(tmp_path):
-    pytest.importorskip("rliable")
     import figure3
 
     rows = [{"charts/sac_steps": step, "charts/env_steps": step} for step in (0, 0, 50, 100)]
@@ -356,13 +355,34 @@ def test_a_sharper_policy_has_less_entropy():
     assert alone == pytest.approx(loss.exp().item(), rel=1e-4) and found != alone
 
 
+def test_equal_kl_and_falls(tmp_path):
+    """No number where RLHF never was; a fall before the best evaluation is one too."""
+    import llm
+
+    def rows(method: str, *points: tuple[float, float]) -> list[dict]:
+        run = dict(zip(llm.KEYS, ("6", method, "9", "9", "1"))) | dict.fromkeys(llm.METRICS, "0")
+        return [run | {"kl": str(kl), "gt_score": str(score)} for kl, score in points]
+
+    size, aihf = ("9", "9"), rows("aihf-ppo", (0, 0), (1, 3), (2, 1), (3, 4), (4, 3.5))
+    for far, expected in ((5, "4.0 nats 3.50 / 1.60"), (3, "4.0 nats 3.50 / nan")):
+        found = llm.at_equal_kl([*aihf, *rows("rlhf", (0, 0), (far, 2), (1, 9))], "6", size)
+        assert expected in found
+    scores = {"base": {"mean": 1}, "early": {"mean": 2}, "expert": {"mean": 5}}
+    (tmp_path / "manifest.json").write_text(json.dumps({"checkpoints": scores}))
+    assert "seed 1 50%" in llm.stability(aihf, "6", "aihf-ppo", size, tmp_path)
+
+
 def test_committed_results_give_the_tables_of_the_readme(tmp_path):
+    import figure3
     import llm
     import main_job
 
     with open(main_job.RESULTS, newline="") as file:
         rows = list(csv.DictReader(file))
     assert main_job.summarise(rows) in (ROOT / "benchmark/README.md").read_text()
+    with open(figure3.RUNS, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert figure3.table(rows) in (ROOT / "benchmark/README.md").read_text()
     with open(llm.RESULTS / "llm.csv", newline="") as file:
         table = llm.table(list(csv.DictReader(file)), "6")
     for shown in ("1.69 ± 0.04 | 1.72 ± 0.02 | 16.0 ± 1.5 | 74% ± 2% | 9.9 |", "81% ± 3% | 7.0 |"):

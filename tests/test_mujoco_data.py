@@ -271,6 +271,18 @@ def test_tiers_are_in_order_or_an_error(monkeypatch):
     assert equal == {"low": -35, "medium": -31, "high": -31}
 
 
+def test_low_and_medium_are_of_two_policies(monkeypatch):
+    """Though the episodes of one, by luck, get worse: labels between them would be noise."""
+    luck = iter(range(100, 0, -1))
+    episode = {"actions": [0]}
+    monkeypatch.setattr(
+        mujoco_data, "record", lambda *_: episode | {"rewards": np.array([float(next(luck))])}
+    )
+    actor, args = SimpleNamespace(load_state_dict=id), mujoco_data.Args(episodes_per_tier=2)
+    with pytest.raises(ValueError, match="no policy for the low tier"):
+        mujoco_data.pick_tiers(args, None, actor, [(50, 60.0, 0)])
+
+
 def test_tiers_out_of_order_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(mujoco_data, "returns", lambda episodes: np.full(len(episodes), -1.0))
     result = execute(tmp_path)
