@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import sys
+import traceback
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,15 +29,20 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------- errors
 @contextmanager
 def input_errors():
-    """Around a script's set-up: whatever goes wrong is one line on stderr and exit code 2. The loop
-    stays outside: a mistake in it keeps its traceback. From here on characters that the console
-    cannot encode are printed as "?"."""
+    """Around a script's set-up: whatever goes wrong is one line on stderr and exit code 2, with the
+    place of what may be a mistake in a fork. The loop stays outside: a mistake in it keeps its
+    traceback. From here on characters that the console cannot encode are printed as "?"."""
     for stream in (sys.stdout, sys.stderr):
         getattr(stream, "reconfigure", lambda errors: None)(errors="replace")
     try:
         yield
     except Exception as error:  # libraries raise almost anything on a bad file, name or number
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        where = ""
+        if not isinstance(error, ValueError | OSError | ImportError):  # perhaps a mistake in a fork
+            frames = traceback.extract_tb(error.__traceback__)
+            last = [frame for frame in frames if "site-packages" not in frame.filename][-1]
+            where = f" ({Path(last.filename).name} line {last.lineno})"
+        print(f"error: {one_line(error)}{where}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
