@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 from aihf_ppo_llm import Args, Scorer
 from data_gen import read
 
+RESULTS = ROOT / "benchmark/results/hh.csv"
 KEYS = ("start", "method", "seed")
 METRICS = {
     "policy_steps": "charts/step",
@@ -127,7 +128,7 @@ def accuracy(judge: Path, pairs: list[tuple[str, str, str]]) -> float:
 
 if __name__ == "__main__":
     new_rows, new_scores = collect(ROOT / "runs")
-    rows = merge(ROOT / "benchmark/results/hh.csv", new_rows, KEYS)
+    rows = merge(RESULTS, new_rows, KEYS)
     scores = merge(ROOT / "benchmark/results/hh_scores.csv", new_scores, KEYS)
     draw(rows, scores, ROOT / "benchmark/figures/hh.png")
     print(table(rows))

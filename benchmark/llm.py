@@ -130,6 +130,9 @@ def runs_of(rows: list[dict], figure: str, method: str, size: tuple[str, str]) -
 
 
 def plus_minus(values: list[float], digits: int = 2) -> str:
+    """Mean ± standard deviation; of one value itself."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
     return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
 
 
