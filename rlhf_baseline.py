@@ -96,7 +96,7 @@ class MujocoArgs:
     resume: str = ""  # a run folder to carry on, with its arguments but for flags given beside it
     evaluate: str = ""  # a run folder whose policy to evaluate instead of training
     compile: bool = True  # compile the SAC update (needs a C++ compiler)
-    cuda: bool = True  # use a GPU when there is one; for networks this small a core may be faster
+    cuda: bool = True  # use a GPU when there is one; networks this small are often faster on a core
     threads: int = 1  # CPU threads of torch
     track: bool = False  # log to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY ...)
 
