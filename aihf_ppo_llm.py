@@ -243,7 +243,7 @@ def main() -> None:
     counts = ("charts/step", "charts/episodes", "charts/reward_updates", "charts/wall_seconds")
     log = log or [dict.fromkeys(counts, 0) | evaluation(0)]
     track(log[-1], step=len(log) - 1)
-    rates = args.learning_rate, args.value_learning_rate, args.reward_learning_rate
+    rates = args.learning_rate, args.value_learning_rate, args.reward_learning_rate  # π, V, R
 
     for step in tqdm(range(len(log) - 1, args.ppo_steps), "AIHF", disable=not read.writes()):
         started, row = time.perf_counter(), {}

@@ -260,7 +260,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
     def record(row: dict, started: float, save: bool = True) -> None:
         """A row of metrics.csv, and a checkpoint."""
         seconds = time.perf_counter() - started + (log[-1]["charts/wall_seconds"] if log else 0)
-        log.append(dict(zip(counts, (iteration, step, step, seconds))) | row)  # no rollouts
+        log.append(dict(zip(counts, (iteration, step, step, seconds))) | row)  # env steps: SAC's
         read.write_csv(run_dir / "metrics.csv", log)
         track(log[-1], step=step)
         if save:

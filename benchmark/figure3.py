@@ -73,10 +73,8 @@ def finals_of(finals, env: str, method: str, variant="default", key="final") -> 
 
 
 def table(finals: list[dict]) -> str:
-    lines = [
-        "| environment | method | data | runs | final | final / demo | best | correlation | min |"
-    ]
-    lines.append("|---" * 9 + "|")
+    columns = "environment method data runs final final_/_demo best correlation min".split()
+    lines = [f"| {' | '.join(columns)} |".replace("_", " "), "|---" * 9 + "|"]
     variants = sorted(
         {row["variant"] for row in finals}, key=lambda name: (name != "default", name)
     )

@@ -99,7 +99,7 @@ def draw(rows: list[dict], scores: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for start, line in zip(STARTS, ("-", "--")):
         for method in METHODS:
-            style = {"linestyle": line, "color": COLORS["sft" if method == "sft" else method]}
+            style = {"linestyle": line, "color": COLORS[method]}
             label = f"{start}-SFT" if method == "sft" else f"{METHODS[method]}, from {start}-SFT"
             for run in runs_of(rows, start, method):
                 if method != "sft":

@@ -292,9 +292,8 @@ def at_equal_kl(rows: list[dict], figure: str, size: tuple[str, str]) -> str:
         kl, truth = (aihf[seed][name][-1] for name in ("kl", "gt_score"))
         way_up = np.maximum.accumulate(rlhf[seed]["kl"])[: rlhf[seed]["kl"].argmax() + 1]
         passed = rlhf[seed]["gt_score"][: len(way_up)]
-        other = np.interp(
-            kl, way_up, passed, left=np.nan, right=np.nan
-        )  # nan: RLHF was never there
+        nowhere = {"left": np.nan, "right": np.nan}  # RLHF was never there
+        other = np.interp(kl, way_up, passed, **nowhere)
         words.append(f"seed {seed} at {kl:.1f} nats {truth:.2f} / {other:.2f}")
     return f"{size[0]} + {size[1]}, AIHF / RLHF: {', '.join(words)}"
 
