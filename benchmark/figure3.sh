@@ -18,7 +18,8 @@ runs() { # lines: env, method, variant, seed
          done ;;
       3) for variant in share0.1 share0.3 flip0.1 flip0.3; do
            for method in aihf rlhf; do echo "Hopper-v4 $method $variant $seed"; done
-         done ;;
+         done
+         for method in aihf rlhf; do echo "HalfCheetah-v4 $method share0.1 $seed"; done ;;
       4) for env in Hopper-v4 HalfCheetah-v4 Walker2d-v4; do echo "$env rlhf-no-kl default $seed"; done ;;
       5) for variant in demos2 demos4; do
            for method in aihf rlhf; do echo "Hopper-v4 $method $variant $seed"; done
@@ -43,11 +44,12 @@ run() { # env method variant seed
 export -f run
 
 mkdir -p runs/figure3_data
-for variant in share0.1 share0.3 flip0.1 flip0.3 demos2 demos4; do
-  folder=runs/figure3_data/Hopper-v4__$variant
+for name in Hopper-v4__{share0.1,share0.3,flip0.1,flip0.3,demos2,demos4} HalfCheetah-v4__share0.1; do
+  folder=runs/figure3_data/$name
+  variant=${name#*__}
   flag=${variant%%[0-9]*}
   amount=${variant#"$flag"}
-  [ -e "$folder" ] || python benchmark/figure3_data.py --env Hopper-v4 "--$flag" "$amount" --output-dir "$folder"
+  [ -e "$folder" ] || python benchmark/figure3_data.py --env "${name%__*}" "--$flag" "$amount" --output-dir "$folder"
 done
 for part in ${1:-1 2 3 4 5}; do runs "$part"; done |
   xargs -P "${JOBS:-2}" -L 1 bash -c 'run "$@" >>"runs/figure3__$1__$2__$3__$4.log" 2>&1' _
