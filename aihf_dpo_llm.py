@@ -81,8 +81,8 @@ class Args:
     run_name: str = ""  # the run's folder; "": from script, seed and time
     resume: str = ""  # a run folder to carry on; its arguments, but for flags beside it
     evaluate: str = ""  # a run folder whose policy to evaluate instead of training
-    cuda: bool = True  # use GPUs when there are any; weights are float32 everywhere
-    dtype: Literal["float32", "bfloat16"] | None = None  # of products; None: bfloat16 on GPUs
+    cuda: bool = True  # use GPUs when there are any
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of products; weights are float32
     gradient_checkpointing: bool = False  # activations are computed anew in backward: less memory
     threads: int = 2  # CPU threads of torch, of each process
     track: bool = False  # log to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY ...)
@@ -98,7 +98,7 @@ PRESETS = {  # flags that come before the user's own; batch and rate are as in D
         --preferences runs/hh_data/preferences.jsonl --num-preferences 0
         --prompts runs/hh_data/prompts.jsonl --max-prompt-length 512 --response-length 128
         --learning-rate 1e-6 --batch-size 64 --micro-batch-size 4 --dpo-steps 1000
-        --eval-every 100 --checkpoint-every 100""",
+        --dtype bfloat16 --eval-every 100 --checkpoint-every 100""",
 }
 SCRIPT = "aihf_dpo_llm.py"
 MAY_BE_ZERO = "seed num_demonstrations num_preferences demo_weight preference_weight"
@@ -218,8 +218,7 @@ def main() -> None:
             read.write_csv(run_dir / "metrics.csv", log)
             read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
     if read.writes():
-        last = [row for row in log if "eval/kl" in row][-1]
-        print(f"final: {summary(last)}; python benchmark/plot.py {run_dir} draws it")
+        print(f"final: {read.summary(log[-1])}; python benchmark/plot.py {run_dir} draws it")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -347,7 +346,8 @@ def start_processes(args: Args) -> tuple[torch.device, int]:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    torch.set_autocast_cache_enabled(False)  # it would hold all weights in bfloat16 at once
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its bfloat16 gradients can be nan
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count > 1:
         if device.type == "cuda":
@@ -426,13 +426,8 @@ def evaluate(models, held_out, args: Args, run_dir: Path, step: int) -> dict[str
             row["eval/reward_correlation"] = torch.corrcoef(ranks)[0, 1].item()  # Spearman's
     row |= {f"eval/{name}": x.mean().item() for name, x in scores.items()}
     path = None if args.evaluate else run_dir / "samples.jsonl"
-    read.write_samples(path, f"after {step} steps: {summary(row)}", prompts, responses, scores)
+    read.write_samples(path, f"after {step} steps: {read.summary(row)}", prompts, responses, scores)
     return row
-
-
-def summary(row: dict[str, float]) -> str:
-    truth = f"ground truth {row['eval/gt_score']:.2f}, " if "eval/gt_score" in row else ""
-    return f"{truth}KL {row['eval/kl']:.2f}"
 
 
 def save_model(model, tokenizer, folder: Path) -> None:
@@ -448,8 +443,7 @@ def save_model(model, tokenizer, folder: Path) -> None:
 def parse_args() -> tuple[Args, dict]:
     """The given run's arguments, the preset, then the command line; the run's checkpoint."""
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
-    run = args.resume or args.evaluate
-    state = read.checkpoint(run, SCRIPT) if run else {}
+    state = read.checkpoint(args.resume or args.evaluate, SCRIPT)
     preset = PRESETS[args.preset].split() if args.preset else []
     args = tyro.cli(Args, default=Args(**state.get("args", {})), args=preset + sys.argv[1:])
     read.check_numbers(args, MAY_BE_ZERO)

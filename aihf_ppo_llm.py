@@ -91,7 +91,6 @@ class Args:
     gae_lambda: float = 0.95  # of generalised advantage estimation; the discount is 1
     clip: float = 0.2  # probability ratios count up to 1 ± this
     kl_coefficient: float = 0.02  # β of (10)
-    missing_eos_penalty: float = 0.0  # subtracted from R of a response without the end token
 
     # Running
     eval_prompts: int = 256  # held-out prompts
@@ -101,8 +100,8 @@ class Args:
     run_name: str = ""  # the run's folder; "": from script, seed and time
     resume: str = ""  # a run folder to carry on, with its arguments but for flags given beside it
     evaluate: str = ""  # a run folder whose policy to evaluate instead of training
-    cuda: bool = True  # use GPUs when there are any; weights are float32 everywhere
-    dtype: Literal["float32", "bfloat16"] | None = None  # of products; None: bfloat16 on GPUs
+    cuda: bool = True  # use GPUs when there are any
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of products; weights are float32
     gradient_checkpointing: bool = False  # activations are computed anew in backward: less memory
     threads: int = 2  # CPU threads of torch, of each process
     track: bool = False  # log to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY ...)
@@ -119,7 +118,7 @@ PRESETS = {  # flags that come before the user's own; what Table 2 leaves open i
         --ground-truth-path= --demonstrations runs/hh_data/demonstrations.jsonl
         --preferences runs/hh_data/preferences.jsonl --prompts runs/hh_data/prompts.jsonl
         --num-demonstrations 0 --num-preferences 0 --max-prompt-length 512 --response-length 128
-        --missing-eos-penalty 1 --preference-weight 1 --reward-learning-rate 1e-5
+        --dtype bfloat16 --preference-weight 1 --reward-learning-rate 1e-5
         --reward-batch-size 8 --reward-updates-per-iteration 20 --policy-steps-per-iteration 6000
         --kl-coefficient 0.05 --learning-rate 1e-6 --value-learning-rate 1e-6 --batch-size 4
         --minibatch-size 4 --micro-batch-size 4 --ppo-steps 24000 --eval-every 500
@@ -127,7 +126,7 @@ PRESETS = {  # flags that come before the user's own; what Table 2 leaves open i
 }
 SCRIPT = "aihf_ppo_llm.py"
 MAY_BE_ZERO = """seed num_demonstrations num_preferences demo_weight preference_weight
-    reward_penalty kl_coefficient missing_eos_penalty"""
+    reward_penalty kl_coefficient"""
 
 
 # ---------------------------------------------------------------- the two levels, in equations
@@ -301,17 +300,15 @@ def main() -> None:
         length, scores = alive.shape[1], in_parts(reward.score, args, share(texts))
         old_log_probs = in_parts(policy.log_probs, args, ids, mask, alive)
         log_ratio = old_log_probs - in_parts(reference.log_probs, args, ids, mask, alive)
-        penalised = scores - args.missing_eos_penalty * (1 - ended)
-        rewards = token_rewards(log_ratio, penalised, alive, args.kl_coefficient)
+        rewards = token_rewards(log_ratio, scores, alive, args.kl_coefficient)
         if is_ppo := args.policy_optimizer == "ppo":
             values = in_parts(value, args, ids, mask)[:, -length - 1 : -1]  # V before each token
             advantages, returns = generalised_advantages(rewards, values, alive, args.gae_lambda)
             advantages = whiten(advantages, alive)
         else:
-            *_, ended_greedy, greedy = policy.sample(asked, rng, temperature=1e-6)
+            greedy = policy.sample(asked, rng, temperature=1e-6)[-1]
             texts = [train_prompts[i] + response for i, response in zip(indices, greedy)]
             greedy_scores = in_parts(reward.score, args, share(texts))
-            greedy_scores -= args.missing_eos_penalty * (1 - ended_greedy)
             advantages = remax_advantages(rewards, alive, greedy_scores)
 
         statistics = []  # of each minibatch: policy and value loss, approximate KL, share clipped
@@ -364,7 +361,7 @@ def main() -> None:
             read.write_csv(run_dir / "metrics.csv", log)
             read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
     if read.writes():
-        print(f"final: {summary(log[-1])}; python benchmark/plot.py {run_dir} draws it")
+        print(f"final: {read.summary(log[-1])}; python benchmark/plot.py {run_dir} draws it")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -521,7 +518,8 @@ def start_processes(args: Args) -> tuple[torch.device, int]:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    torch.set_autocast_cache_enabled(False)  # it would hold all weights in bfloat16 at once
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its bfloat16 gradients can be nan
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count > 1:
         if device.type == "cuda":
@@ -600,14 +598,8 @@ def evaluate(models, held_out, args: Args, run_dir: Path, step: int) -> dict[str
         ranks = torch.stack([scores["learned_score"], truth]).argsort().argsort().double()
         row["eval/reward_correlation"] = torch.corrcoef(ranks)[0, 1].item()  # Spearman's
     path = None if args.evaluate else run_dir / "samples.jsonl"
-    read.write_samples(path, f"after {step} steps: {summary(row)}", prompts, responses, scores)
+    read.write_samples(path, f"after {step} steps: {read.summary(row)}", prompts, responses, scores)
     return row
-
-
-def summary(row: dict[str, float]) -> str:
-    names = {"gt_score": "ground truth", "kl": "KL", "learned_score": "learned score"}
-    shown = {name: row[f"eval/{key}"] for key, name in names.items() if f"eval/{key}" in row}
-    return ", ".join(f"{name} {value:.2f}" for name, value in shown.items())
 
 
 def save_model(model, tokenizer, folder: Path) -> None:
@@ -624,8 +616,7 @@ def parse_args() -> tuple[Args, dict]:
     """The arguments of the run to carry on or to evaluate, the preset, then the command line; and
     that run's checkpoint, else {}."""
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])  # which preset, which run
-    run = args.resume or args.evaluate
-    state = read.checkpoint(run, SCRIPT) if run else {}
+    state = read.checkpoint(args.resume or args.evaluate, SCRIPT)
     preset = PRESETS[args.preset].split() if args.preset else []
     args = tyro.cli(Args, default=Args(**state.get("args", {})), args=preset + sys.argv[1:])
     read.check_numbers(args, MAY_BE_ZERO)

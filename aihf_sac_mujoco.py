@@ -6,14 +6,14 @@ al., arXiv 2406.06874: Algorithm 1 on MuJoCo robots (6.1, A.2.1). Equation numbe
     python aihf_sac_mujoco.py --env Hopper-v4
 
 learns to hop from 10 demonstrations and 2,000 preferences between 50-step segments in 10 to 20
-minutes on a CPU core; prints the true return, used for nothing else; writes runs/<run_name>/.
+minutes on a CPU core; prints the true return, which training never uses; writes runs/<run_name>/.
 
-Three departures from the paper matter (README.md has more):
+Four departures from the paper matter (README.md has more):
 - g1 (Lemma 5.1) is linear in r and unbounded. Here r is bounded, positive where a fall ends an
-  episode, so that to fall earns less, and its slopes above 1 are penalised, as in Wasserstein GANs.
-- g1's rollouts are those of the ten latest policies. With the newest alone the reward forgets, and
-  policies go in circles. Where a robot can fall SAC's replay holds the demonstrations too.
+  episode, so that an early fall costs reward, and slopes above 1 are penalised (Wasserstein GANs).
 - R(τ) in g1 is r's mean in an episode / (1 - γ): a discounted sum forgets the later steps.
+- g2 weighs 10 and divides differences of returns by 5: otherwise they saturate, and g1 dominates.
+- g1's rollouts are the ten latest policies', lest the reward forget and policies go in circles.
 """
 
 import math
@@ -44,7 +44,7 @@ class Args:
     data_dir: str = ""  # high.npz, medium.npz, low.npz, pairs.csv; "": data_gen/assets/mujoco/<env>
 
     # Upper level: the reward
-    demo_weight: float = 1.0  # α of Algorithm 1: that of (8a) / β; 0: RLHF's reward learning
+    demo_weight: float = 1.0  # α of Algorithm 1, that is α of (8a) over β; 0: as in RLHF
     preference_weight: float = 10.0  # of (11); 0: inverse reinforcement learning (paper: 1)
     preference_temperature: float = 5.0  # divides the difference of returns in (11) (paper: 1)
     reward_updates_per_iteration: int = 100  # Adam steps (the authors' code: 1, in longer runs)
@@ -60,7 +60,7 @@ class Args:
 
     # Lower level: the policy
     policy_steps_per_iteration: int = 5_000  # SAC steps in each policy alignment
-    demos_in_replay: bool | None = None  # SAC learns from them (paper: no); None: if it can fall
+    demos_in_replay: bool | None = None  # demonstrations too (paper: no); None: if it can fall
     learning_starts: int = 5_000  # steps of uniformly random actions before the first update
     learning_rate: float = 1e-3  # Adam's (paper: 3e-3; the authors' code: 1e-3)
     anneal: bool = True  # let both learning rates fall to 0 at --total-timesteps (paper: no)
@@ -122,8 +122,8 @@ class Reward(nn.Module):
 
 
 def step_weights(lengths: Tensor, form: str, gamma: float) -> Tensor:
-    """Weights (N,) of the steps of trajectories of these lengths, whose Σ weight · r is the mean of
-    R(τ) = Σ_t γ^t r_t (discounted; after a fall all is worth 0) or Σ_t r_t / (T (1 - γ)) (mean)."""
+    """Weights (N,), one a step, with which Σ weight · r is the mean R(τ) of trajectories of these
+    lengths, R(τ) = Σ_t γ^t r_t (discounted; 0 after a fall) or Σ_t r_t / (T (1 - γ)) (mean)."""
     t, length = torch.cat([torch.arange(n) for n in lengths]), lengths.repeat_interleave(lengths)
     weight = gamma**t if form == "discounted" else 1 / (length * (1 - gamma))
     return weight.float() / len(lengths)
@@ -131,14 +131,14 @@ def step_weights(lengths: Tensor, form: str, gamma: float) -> Tensor:
 
 def demonstration_gap(reward, demos, rollouts) -> Tensor:
     """Mean R(τ) of demonstrations minus mean R(τ') of rollouts, both given as features (N, obs_dim
-    + act_dim) and step_weights (N,): (). Discounted, its gradient is g1, (28), by (34) β ∇L1."""
+    + act_dim) and step_weights (N,): (). With discounted ones its gradient is g1, (28), β ∇L1."""
     (x_demos, w_demos), (x_policy, w_policy) = demos, rollouts
     return (w_demos * reward(x_demos)).sum() - (w_policy * reward(x_policy)).sum()
 
 
 def draw(x: Tensor, weights: Tensor, count: int, rng: np.random.Generator) -> tuple:
-    """Features and equal weights of count steps drawn in proportion to their weights (N,): Σ weight
-    · r is that of all N on average."""
+    """Features of count steps, drawn in proportion to their weights (N,), and equal weights, whose
+    Σ weight · r is an unbiased estimate of that over all N steps."""
     shares = weights.double().cpu() / weights.double().sum().cpu()
     return x[rng.choice(len(x), count, p=shares.numpy())], (weights.sum() / count).expand(count)
 
@@ -177,9 +177,10 @@ def main() -> None:
 
         data_dir = Path(args.data_dir or f"data_gen/assets/mujoco/{args.env}")
         used = ["high"] * (args.demo_weight > 0) + ["medium", "low"] * (args.preference_weight > 0)
+        # Tiers of episodes: high holds the demonstrations D, P compares segments of medium and low
         tiers = {tier: read.episodes(data_dir / f"{tier}.npz", env) for tier in used}
         pairs = read.pairs(data_dir, tiers, args.segment_length) if args.preference_weight else []
-        data_hash = read.fingerprint(*tiers.values(), pairs)
+        data_hash = read.fingerprint(*(x for tier in tiers.values() for x in tier), pairs)
 
         actor = Actor(obs_dim, act_dim, args.hidden).to(device)
         # What is evaluated: averaged weights, mostly the last tenth's (Shamir, Zhang 2013, η = 9)
@@ -189,7 +190,7 @@ def main() -> None:
         target_entropy = None if args.entropy_coefficient else -act_dim
         update = make_sac_update(actor, critics, args.gamma, args.tau, target_entropy)
         lengths = play(env, actor, range(3), rng=np.random.default_rng(0))[2]  # untrained
-        can_fall = lengths.min().item() < env.spec.max_episode_steps  # and so end an episode
+        can_fall = lengths.min().item() < env.spec.max_episode_steps  # before the time limit
         args.reward_range = args.reward_range or ((0.0, 4.0) if can_fall else (-10.0, 10.0))
         args.demos_in_replay = can_fall if args.demos_in_replay is None else args.demos_in_replay
         all_obs = np.concatenate([tier.obs for tier in tiers.values()])
@@ -203,7 +204,7 @@ def main() -> None:
             replay[:demo_steps] = np.column_stack([*tiers["high"][:2], *tiers["high"][3:]])
         recent = []  # rollouts of the latest policies: observations, actions, lengths
         counts = ("charts/iteration", "charts/sac_steps", "charts/env_steps", "charts/wall_seconds")
-        log = [dict.fromkeys(counts, 0)]  # rows of metrics.csv, one an iteration
+        log = [dict.fromkeys(counts, 0)]  # rows of metrics.csv: zeros, then one an iteration
 
         if state:
             if state["data_hash"] != data_hash:
@@ -278,12 +279,12 @@ def main() -> None:
         for _ in range(args.reward_updates_per_iteration):
             objective = torch.zeros((), device=device)
             if args.demo_weight:  # g1
-                sides = (draw(*of, args.demo_batch_size, rng) for of in (data["high"], rollouts))
-                objective += args.demo_weight * demonstration_gap(reward, *sides)
+                drawn = (draw(*x, args.demo_batch_size, rng) for x in (data["high"], rollouts))
+                objective += args.demo_weight * demonstration_gap(reward, *drawn)
             if args.preference_weight:  # g2
                 index = torch.from_numpy(rng.integers(len(pairs), size=args.preference_batch_size))
-                sides = (side[index] for side in segments)
-                likelihood = preference_log_likelihood(reward, *sides, args.preference_temperature)
+                drawn = (side[index] for side in segments)
+                likelihood = preference_log_likelihood(reward, *drawn, args.preference_temperature)
                 objective += args.preference_weight * likelihood
             points = between(data_steps, rollouts[0], PENALTY_POINTS, rng)
             objective -= args.gradient_penalty * slope_penalty(reward, points)
@@ -361,8 +362,8 @@ class Critics(nn.Module):
 
 
 def init_sac(actor: Actor, critics: Critics, beta: float) -> dict[str, dict[str, Tensor]]:
-    """What an update changes in place, {"actor": {name: parameter}, ...}, sharing the memory of
-    actor and critics, which so stay the latest; Adam's moments, targets and log β beside them."""
+    """All that an update changes, in place: {"actor": {name: parameter}, ...}, in the memory of
+    actor and critics, which so stay current; Adam's moments, target networks and log β."""
     sac = {"actor": dict(actor.named_parameters()), "critics": dict(critics.named_parameters())}
     sac["beta"] = {"log": torch.tensor(math.log(beta), device=actor.net[0].weight.device)}
     sac = {net: {key: p.detach() for key, p in params.items()} for net, params in sac.items()}
@@ -424,11 +425,11 @@ def make_sac_update(actor, critics, gamma: float, tau: float, target_entropy: fl
 
 
 def compile_update(update, sac: dict, obs_dim: int, act_dim: int, n: int):
-    """The update compiled for batches of n, without guards, as shapes never change. If a trial on
-    copies fails, a printed line says so and the update is returned as it is."""
+    """The update compiled for batches of n, without guards, as shapes never change; on GPUs the C++
+    wrapper would need a CUDA toolkit. If a trial on copies fails, a line says so: no compiling."""
     shapes = [(), (n, obs_dim), (n, act_dim), (n,), (n, obs_dim), (n,), (2, n, act_dim)]
     inputs = [torch.zeros(shape, device=sac["beta"]["log"].device) for shape in shapes]
-    options = {"cpp_wrapper": True, "guard_filter_fn": lambda guards: [False] * len(guards)}
+    options = {"cpp_wrapper": inputs[0].is_cpu, "guard_filter_fn": lambda g: [False] * len(g)}
     compiled = torch.compile(update, fullgraph=True, dynamic=False, options=options)
     print("compiling the SAC update: a minute the first time", flush=True)
     try:
@@ -502,8 +503,7 @@ def parse_args() -> tuple[Args, dict]:
     """The arguments of the run to carry on or to evaluate, then the command line; and that run's
     checkpoint, else {}."""
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
-    run = args.resume or args.evaluate
-    state = read.checkpoint(run, SCRIPT) if run else {}
+    state = read.checkpoint(args.resume or args.evaluate, SCRIPT)
     args = tyro.cli(Args, default=Args(**state.get("args", {})))
     read.check_numbers(args, "seed demo_weight preference_weight gradient_penalty", "reward_range")
     if args.demo_weight == args.preference_weight == 0:

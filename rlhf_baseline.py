@@ -76,7 +76,7 @@ class MujocoArgs:
     gradient_penalty: float = 1000.0  # weight of the penalty on slopes of r above 1 (paper: none)
 
     # 3. RL
-    demos_in_replay: bool | None = None  # SAC learns from them (paper: no); None: if it can fall
+    demos_in_replay: bool | None = None  # demonstrations too (paper: no); None: if it can fall
     critic_warmup_steps: int = 10_000  # SAC steps in which the clone acts and does not learn
     kl_coefficient: float = 10.0  # β of (4): less loses the clone; 0: SAC's entropy bonus, β tuned
     policy_steps_per_iteration: int = 5_000  # SAC steps between two rows of metrics.csv
@@ -212,7 +212,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         data_dir = Path(args.data_dir or f"data_gen/assets/mujoco/{args.env}")
         tiers = {t: read.episodes(data_dir / f"{t}.npz", env) for t in ("high", "medium", "low")}
         pairs = read.pairs(data_dir, tiers, args.segment_length)
-        data_hash = read.fingerprint(*tiers.values(), pairs)
+        data_hash = read.fingerprint(*(x for tier in tiers.values() for x in tier), pairs)
         demos = tiers["high"]
         episode_split = hold_out(len(demos.lengths), args.held_out_share, rng)
         pair_split = hold_out(len(pairs), args.held_out_share, rng)
@@ -227,7 +227,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         settings = args.gamma, args.tau, target_entropy, args.critic_warmup_steps
         update = make_sac_update(actor, critics, *settings)
         lengths = play(env, actor, range(3), rng=np.random.default_rng(0))[2]  # untrained
-        can_fall = lengths.min().item() < env.spec.max_episode_steps  # and so end an episode
+        can_fall = lengths.min().item() < env.spec.max_episode_steps  # before the time limit
         args.reward_range = args.reward_range or ((0.0, 4.0) if can_fall else (-10.0, 10.0))
         args.demos_in_replay = can_fall if args.demos_in_replay is None else args.demos_in_replay
         all_obs = np.concatenate([tier.obs for tier in tiers.values()])
@@ -287,7 +287,6 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         kept, loss = fit(actor, cloning_loss, lambda: 0.0, split, *schedule, rng)
         row = {"bc/updates": kept, "bc/held_out_log_likelihood": -loss}
         with torch.no_grad():
-            row["bc/log_likelihood"] = -cloning_loss(split[0]).item()
             actor.net[0].weight /= std  # from here on the policy sees observations as they are
             actor.net[0].bias -= actor.net[0].weight @ mean
         for key, parameter in sac["actor"].items():
@@ -358,7 +357,6 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         # =========================================================== LOG, EVALUATE and CHECKPOINT
         iteration, finished = iteration + 1, step >= last_step
         row = dict(zip(LOSSES, losses.tolist()))
-        row["reward/replay"] = rewards.mean().item()  # over the last updates' batches
         row["charts/SPS"] = (step - first_step) / (time.perf_counter() - started)
         if iteration % args.eval_every == 0 or finished:
             row |= evaluate(env, averaged.module, args.eval_episodes, reward)
@@ -432,8 +430,8 @@ class Critics(nn.Module):
 
 
 def init_sac(actor: Actor, critics: Critics, beta: float) -> dict[str, dict[str, Tensor]]:
-    """What an update changes in place, {"actor": {name: parameter}, ...}, sharing the memory of
-    actor and critics, which so stay the latest; Adam's moments, targets and log β beside them."""
+    """All that an update changes, in place: {"actor": {name: parameter}, ...}, in the memory of
+    actor and critics, which so stay current; Adam's moments, target networks and log β."""
     sac = {"actor": dict(actor.named_parameters()), "critics": dict(critics.named_parameters())}
     sac["beta"] = {"log": torch.tensor(math.log(beta), device=actor.net[0].weight.device)}
     sac = {net: {key: p.detach() for key, p in params.items()} for net, params in sac.items()}
@@ -505,11 +503,11 @@ def make_sac_update(actor, critics, gamma: float, tau: float, target_entropy, wa
 
 
 def compile_update(update, sac: dict, obs_dim: int, act_dim: int, n: int):
-    """The update compiled for batches of n, without guards, as shapes never change. If a trial on
-    copies fails, a printed line says so and the update is returned as it is."""
+    """The update compiled for batches of n, without guards, as shapes never change; on GPUs the C++
+    wrapper would need a CUDA toolkit. If a trial on copies fails, a line says so: no compiling."""
     shapes = [(), (n, obs_dim), (n, act_dim), (n,), (n, obs_dim), (n,), (2, n, act_dim)]
     inputs = [torch.zeros(shape, device=sac["beta"]["log"].device) for shape in shapes]
-    options = {"cpp_wrapper": True, "guard_filter_fn": lambda guards: [False] * len(guards)}
+    options = {"cpp_wrapper": inputs[0].is_cpu, "guard_filter_fn": lambda g: [False] * len(g)}
     compiled = torch.compile(update, fullgraph=True, dynamic=False, options=options)
     print("compiling the SAC update: a minute the first time", flush=True)
     try:
@@ -609,7 +607,6 @@ class LlmArgs:
     gae_lambda: float = 0.95  # of generalised advantage estimation; the discount is 1
     clip: float = 0.2  # probability ratios count up to 1 ± this
     kl_coefficient: float = 0.05  # β of (4)
-    missing_eos_penalty: float = 0.0  # subtracted from R of a response without the end token
 
     # Running
     eval_prompts: int = 256  # held-out prompts
@@ -619,8 +616,8 @@ class LlmArgs:
     run_name: str = ""  # the run's folder; "": from script, seed and time
     resume: str = ""  # a run folder to carry on, with its arguments but for flags given beside it
     evaluate: str = ""  # a run folder whose policy to evaluate instead of training
-    cuda: bool = True  # use GPUs when there are any; weights are float32 everywhere
-    dtype: Literal["float32", "bfloat16"] | None = None  # of products; None: bfloat16 on GPUs
+    cuda: bool = True  # use GPUs when there are any
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of products; weights are float32
     gradient_checkpointing: bool = False  # activations are computed anew in backward: less memory
     threads: int = 2  # CPU threads of torch, of each process
     track: bool = False  # log to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY ...)
@@ -637,7 +634,7 @@ PRESETS = {  # flags that come before the user's own; what Table 2 leaves open i
         --ground-truth-path= --demonstrations runs/hh_data/demonstrations.jsonl
         --preferences runs/hh_data/preferences.jsonl --prompts runs/hh_data/prompts.jsonl
         --num-demonstrations 0 --num-preferences 0 --max-prompt-length 512 --response-length 128
-        --append-eos --missing-eos-penalty 1 --sft-epochs 1 --sft-learning-rate 1e-5
+        --dtype bfloat16 --append-eos --sft-epochs 1 --sft-learning-rate 1e-5
         --reward-epochs 1 --reward-learning-rate 1e-5 --reward-batch-size 8 --kl-coefficient 0.05
         --learning-rate 1e-6 --value-learning-rate 1e-6 --batch-size 4 --minibatch-size 4
         --micro-batch-size 4 --ppo-steps 24000 --eval-every 500 --checkpoint-every 500""",
@@ -698,7 +695,7 @@ def policy_losses(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, 
 def llm(args: LlmArgs, state: dict) -> None:
     """All three stages, or what is left of them after the checkpoint `state`."""
     with read.input_errors():  # around set-up: what is wrong with the input is said in one line
-        may_be_zero = "seed num_demonstrations num_preferences kl_coefficient missing_eos_penalty"
+        may_be_zero = "seed num_demonstrations num_preferences kl_coefficient"
         read.check_numbers(args, may_be_zero)
         if args.gae_lambda > 1 or args.batch_size % args.minibatch_size:
             limits = "--gae-lambda is at most 1, --batch-size a multiple of --minibatch-size"
@@ -851,8 +848,7 @@ def llm(args: LlmArgs, state: dict) -> None:
         length, scores = alive.shape[1], in_parts(reward.score, args, share(texts))
         old_log_probs = in_parts(policy.log_probs, args, ids, mask, alive)
         log_ratio = old_log_probs - in_parts(reference.log_probs, args, ids, mask, alive)
-        penalised = scores - args.missing_eos_penalty * (1 - ended)
-        rewards = token_rewards(log_ratio, penalised, alive, args.kl_coefficient)
+        rewards = token_rewards(log_ratio, scores, alive, args.kl_coefficient)
         values = in_parts(value, args, ids, mask)[:, -length - 1 : -1]  # V before each token
         advantages, returns = generalised_advantages(rewards, values, alive, args.gae_lambda)
         advantages = whiten(advantages, alive)
@@ -891,7 +887,7 @@ def llm(args: LlmArgs, state: dict) -> None:
             save_model(policy.lm, policy.tokenizer, run_dir / "policy")
         record(step + 1, row, started, save=(step + 1) % args.checkpoint_every == 0 or finished)
     if read.writes():
-        print(f"final: {summary(log[-1])}; python benchmark/plot.py {run_dir} draws it")
+        print(f"final: {read.summary(log[-1])}; python benchmark/plot.py {run_dir} draws it")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -1048,7 +1044,8 @@ def start_processes(args: LlmArgs) -> tuple[torch.device, int]:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    torch.set_autocast_cache_enabled(False)  # it would hold all weights in bfloat16 at once
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its bfloat16 gradients can be nan
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count > 1:
         if device.type == "cuda":
@@ -1129,14 +1126,8 @@ def evaluate_responses(models, held_out, args: LlmArgs, run_dir: Path, step: int
         row["eval/reward_correlation"] = torch.corrcoef(ranks)[0, 1].item()  # Spearman's
     name = "samples.jsonl" if step else "samples_sft.jsonl"
     path = None if args.evaluate else run_dir / name
-    read.write_samples(path, f"after {step} steps: {summary(row)}", prompts, responses, scores)
+    read.write_samples(path, f"after {step} steps: {read.summary(row)}", prompts, responses, scores)
     return row
-
-
-def summary(row: dict[str, float]) -> str:
-    names = {"gt_score": "ground truth", "kl": "KL", "learned_score": "learned score"}
-    shown = {name: row[f"eval/{key}"] for key, name in names.items() if f"eval/{key}" in row}
-    return ", ".join(f"{name} {value:.2f}" for name, value in shown.items())
 
 
 def save_model(model, tokenizer, folder: Path) -> None:
@@ -1156,8 +1147,8 @@ def parse_args() -> tuple:
     robots = Annotated[MujocoArgs, tyro.conf.subcommand("mujoco")]
     language = Annotated[LlmArgs, tyro.conf.subcommand("llm")]
     args = tyro.cli(robots | language, description=__doc__.split("\n\n")[0])
-    kind, script, run = type(args), f"{SCRIPT} {sys.argv[1]}", args.resume or args.evaluate
-    state = read.checkpoint(run, script) if run else {}
+    kind, script = type(args), f"{SCRIPT} {sys.argv[1]}"
+    state = read.checkpoint(args.resume or args.evaluate, script)
     preset = PRESETS.get(getattr(args, "preset", ""), "")
     args = tyro.cli(kind, default=kind(**state.get("args", {})), args=preset.split() + sys.argv[2:])
     return args, state

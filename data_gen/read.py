@@ -100,12 +100,10 @@ def write_whole(path: Path, write) -> None:
 
 
 def fingerprint(*parts) -> str:
-    """SHA-256 of arrays, tensors, tuples of these, and texts and lists of texts."""
+    """SHA-256 of arrays, tensors and lists of texts and numbers."""
     digest = hashlib.sha256()
-    for part in parts:
-        for x in part if isinstance(part, tuple) else (part,):
-            is_text = isinstance(x, str | list | int)
-            digest.update(repr(x).encode() if is_text else np.asarray(x).tobytes())
+    for x in parts:
+        digest.update(repr(x).encode() if isinstance(x, list) else np.asarray(x).tobytes())
     return digest.hexdigest()
 
 
@@ -114,6 +112,11 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [",".join(f"{row[key]:.9g}" if key in row else "" for key in columns) for row in rows]
     write_whole(path, lambda path: path.write_text("\n".join([",".join(columns), *lines, ""])))
+
+
+def summary(row: dict[str, float]) -> str:
+    """An evaluation's metrics in one line."""
+    return ", ".join(f"{key[5:]} {row[key]:.2f}" for key in row if key.startswith("eval/"))
 
 
 def write_samples(path: Path | None, title: str, prompts, responses, scores: dict) -> None:
@@ -189,7 +192,9 @@ def tracker(args):
 
 
 def checkpoint(run: str, script: str) -> dict:
-    """The last checkpoint of a run of this script."""
+    """The last checkpoint of a run of this script; {} of no run."""
+    if not run:
+        return {}
     path = Path(run) / "checkpoint.pt"
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}; begin the run anew, its name may be used again")

@@ -204,9 +204,7 @@ class Drift(MujocoEnv):
     """Two positions that actions push and that decay, and a constant. An episode ends by a fall
     where the first gets below -0.2; the true reward is the second."""
 
-    metadata = {"render_modes": ["rgb_array"]}
-
-    def __init__(self, render_mode=None):
+    def __init__(self):
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
         low, high = np.array([-1.0, -2.0], np.float32), np.array([0.5, 1.0], np.float32)
         self.action_space = gym.spaces.Box(low, high)
@@ -220,12 +218,6 @@ class Drift(MujocoEnv):
         self.position = 0.9 * self.position + 0.1 * np.asarray(action, np.float64)
         fell = bool(self.position[0] < -0.2)
         return np.append(self.position, 0.5), float(self.position[1]), fell, False, {}
-
-    def render(self):
-        return np.zeros((8, 8, 3), np.uint8)
-
-    def close(self):
-        pass
 
 
 gym.register("Drift-v0", Drift, max_episode_steps=12)

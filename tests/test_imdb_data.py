@@ -471,21 +471,6 @@ def test_bad_arguments(tmp_path, data, model, judge, subcommand, flags, fragment
     assert not list(tmp_path.glob("out/*")) and not list(tmp_path.glob("work/*"))
 
 
-@pytest.mark.parametrize(
-    "lines, fragment",
-    [  # more of them in test_read.py
-        ("not json", "cannot read"),
-        ('{"text": "a", "label": 1}\n{"label": 1}', "row 2"),
-    ],
-)
-def test_bad_data(tmp_path, model, lines, fragment):
-    (tmp_path / "train.jsonl").write_text(lines)
-    flags = {"pretrain": {}, "classifier": {"model": model}}
-    for subcommand in flags:
-        result = execute(subcommand, tmp_path, data=tmp_path, **flags[subcommand])
-        helpers.assert_one_line_error(result, fragment)
-
-
 @pytest.mark.parametrize("label", [', "label": 1', ""])
 def test_reviews_without_both_labels(tmp_path, model, label):
     (tmp_path / "train.jsonl").write_text('{"text": "a"' + label + "}\n")

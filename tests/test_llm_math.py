@@ -162,9 +162,19 @@ def run(script, cwd: Path, world: Path, flags: dict, *more: str) -> Path:
     command = ["llm"] if hasattr(script, "LlmArgs") else []
     argv = [*command, *(f"{name}={value}" for name, value in given.items()), "--no-cuda", *more]
     ticks = types.SimpleNamespace(perf_counter=itertools.count().__next__, time_ns=lambda: 0)
-    with mock.patch.object(script, "time", ticks):
+    saved, save = [], torch.save
+
+    def noting_save(state, path):
+        saved.append(state["log"][-1])
+        save(state, path)
+
+    with mock.patch.object(script, "time", ticks), mock.patch.object(torch, "save", noting_save):
         code, out, err = run_script(script, argv, cwd)
     assert code == 0, (out, err)
+    last = flags.get("ppo_steps") or flags["dpo_steps"]
+    every = flags.get("checkpoint_every") or arguments(script).checkpoint_every
+    steps = [row["charts/step"] for row in saved if row.get("charts/stage", 3) == 3]
+    assert steps == [*range(every, last, every), last]
     (cwd / "out").write_text(out)
     seconds = [row["charts/wall_seconds"] for row in load(cwd / "runs" / "run")["log"]]
     assert seconds == [seconds[0] + i for i in range(len(seconds))]  # a tick a row, in all
@@ -336,7 +346,7 @@ def reference_ppo_step(nets, prompts, indices, uniform, rates, flags, vocabulary
             values = value.numbers(x + y)[len(x) - 1 : -1].tolist()
         ended, n = float(EOS in y), len(y)
         rewards = [-flags["kl_coefficient"] * (old[t] - ref[t]) for t in range(n)]
-        rewards[-1] += score - (0 if ended else flags["missing_eos_penalty"])
+        rewards[-1] += score
         advantages = []
         if is_ppo:
             for t in range(n):
@@ -351,7 +361,6 @@ def reference_ppo_step(nets, prompts, indices, uniform, rates, flags, vocabulary
             with torch.no_grad():
                 text = prompts[i] + words.text(greedy)
                 baseline = reward_of(nets["reward"], text, vocabulary).item()
-            baseline -= 0 if greedy[-1] == EOS else flags["missing_eos_penalty"]
             advantages = [sum(rewards[t:]) - baseline for t in range(n)]
         returns = [a + v for a, v in zip(advantages, values)]
         row = {"x": x, "y": y, "old": old, "advantages": advantages, "returns": returns}
@@ -831,13 +840,6 @@ def test_padding_goes_by_length():
         assert mask.sum(-1).tolist() == [2, 1, 3] and mask[0].tolist() == [not left, 1, left]
 
 
-def test_a_policy_needs_an_end_token():
-    tokenizer = word_tokenizer(VOCABULARY)
-    tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="end-of-text"):
-        texts_of(tokenizer)
-
-
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_equal_pairs_are_counted(tmp_path, world, script):
     """For DPO those that are equal after the cut too."""
@@ -862,10 +864,10 @@ PPO_FLAGS = settings("""
     seed 7  num_demonstrations 9  num_preferences 7  max_prompt_length 6  response_length 5
     temperature 0.7  micro_batch_size 2  max_grad_norm 0.5  demo_weight 0.7
     preference_weight 1.3  demo_loss linear  response_memory 2  reward_penalty 0.3
-    reward_updates_per_iteration 2  reward_batch_size 5  reward_learning_rate 0.02
+    reward_updates_per_iteration 2  reward_batch_size 5  reward_learning_rate 0.015
     policy_optimizer ppo  policy_steps_per_iteration 2  ppo_steps 5  batch_size 6
     minibatch_size 3  ppo_epochs 2  learning_rate 0.02  value_learning_rate 0.03
-    gae_lambda 0.8  clip 0.1  kl_coefficient 0.25  missing_eos_penalty 0.4  eval_prompts 4
+    gae_lambda 0.8  clip 0.1  kl_coefficient 0.25  eval_prompts 4
     eval_every 2  checkpoint_every 2
 """)
 
@@ -987,7 +989,7 @@ DPO_FLAGS = settings("""
     seed 8  num_demonstrations 9  num_preferences 7  max_prompt_length 6  response_length 5
     micro_batch_size 2  max_grad_norm 0.5  demo_weight 0.7  preference_weight 1.3  beta 0.3
     sft_normalisation token  dpo_steps 4  batch_size 5  learning_rate 0.02
-    eval_prompts 4  eval_every 3  checkpoint_every 3
+    eval_prompts 4  eval_every 3  checkpoint_every 2
 """)
 
 
@@ -1064,7 +1066,7 @@ def test_dpo_is_13(tmp_path, world, changes):
 # ---------------------------------------------------------------------------- RLHF's three stages
 RLHF_FLAGS = settings("""
     seed 7  held_out_share 0.25  sft_epochs 6.0  sft_batch_size 2  sft_learning_rate 0.1
-    reward_epochs 20.0  reward_batch_size 4  reward_learning_rate 0.1  ppo_steps 2
+    reward_epochs 20.0  reward_batch_size 4  reward_learning_rate 0.1  ppo_steps 3
     eval_every 1
 """)
 RLHF_FLAGS = {name: x for name, x in PPO_FLAGS.items() if hasattr(rlhf.LlmArgs, name)} | RLHF_FLAGS
@@ -1073,6 +1075,10 @@ RLHF_FLAGS = {name: x for name, x in PPO_FLAGS.items() if hasattr(rlhf.LlmArgs, 
 def reference_rlhf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list]:
     """The networks and the log after all stages."""
     nets, words, seed, log = load_reference(world, flags), Words(flags), flags["seed"], []
+    own_reward, vocabulary = not flags.get("reward_model_path"), VOCABULARY
+    if not own_reward:  # it has a head: no stage 2, and no critic of its vocabulary
+        vocabulary = VOCABULARY[:3] + WORDS[::-1]
+    skipped = {1: flags.get("sft_model_path"), 2: not own_reward}
     demos = read_lines(world / "demonstrations.jsonl")[: flags["num_demonstrations"]]
     pairs = read_lines(world / "preferences.jsonl")[: flags["num_preferences"]]
     prompts = [prompt for (prompt,) in read_lines(world / "prompts.jsonl")]
@@ -1102,6 +1108,8 @@ def reference_rlhf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list]:
     for stage, (name, net, loss) in enumerate(
         (("sft", "policy", sft), ("rewards", "reward", rewards)), 1
     ):
+        if skipped[stage]:
+            continue
         (rows, others), flag, recent, lowest = (
             splits[stage - 1],
             ("sft", "reward")[stage - 1],
@@ -1130,13 +1138,15 @@ def reference_rlhf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list]:
         assert not anneal or best[name] < steps  # the best is not the last
     nets["reference"].copy(nets["policy"])
     texts = [x + words.text(words.response(y)) for x, y in demos]
-    with torch.no_grad():
-        nets["reward"].offset = np.mean([reward_of(nets["reward"], text).item() for text in texts])
-    nets["value"].copy(nets["reward"])
+    if not all(skipped.values()):  # else nothing reads the demonstrations
+        with torch.no_grad():
+            scores = [reward_of(nets["reward"], text, vocabulary).item() for text in texts]
+        nets["reward"].offset = np.mean(scores)
     for name in ("policy", "value"):  # stage 3 begins with new moments
         nets[name] = Net(nets[name].model)
-        nets[name].offset = nets["reward"].offset
-    row = evaluated(nets, held_out, flags, VOCABULARY)
+    if own_reward:
+        nets["value"].copy(nets["reward"])
+    row = evaluated(nets, held_out, flags, vocabulary)
     log.append({"charts/stage": 3, "charts/step": 0, "charts/episodes": 0} | row)
     for step in range(flags["ppo_steps"]):
         indices = drawn(len(train), flags["batch_size"], step, seed, 3)
@@ -1147,20 +1157,29 @@ def reference_rlhf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list]:
             "policy": flags["learning_rate"] * left,
             "value": flags["value_learning_rate"] * left,
         }
-        row = reference_ppo_step(nets, train, indices, uniform, rates, flags, VOCABULARY)
+        row = reference_ppo_step(nets, train, indices, uniform, rates, flags, vocabulary)
         row |= {"charts/stage": 3, "charts/step": step + 1}
         row["charts/episodes"] = (step + 1) * flags["batch_size"]
         if (step + 1) % flags["eval_every"] == 0 or step + 1 == flags["ppo_steps"]:
-            row |= evaluated(nets, held_out, flags, VOCABULARY)
+            row |= evaluated(nets, held_out, flags, vocabulary)
         log.append(row)
     return nets, log
 
 
-@pytest.mark.parametrize("anneal", [True, False])
-def test_rlhf_is_its_three_stages(tmp_path, world, anneal):
+RLHF_RUNS = {
+    "three stages": {},
+    "no annealing": {"append_eos": True, "ppo_steps": 1, "sft_epochs": 2.3, "max_grad_norm": 50},
+    "no SFT": {"sft_model_path": "sft", "ppo_steps": 1},
+    "another reward": {"reward_model_path": "reward", "ppo_steps": 1},
+    "PPO alone": {"sft_model_path": "sft", "reward_model_path": "reward", "ppo_steps": 1},
+}
+
+
+@pytest.mark.parametrize("changes", RLHF_RUNS.values(), ids=RLHF_RUNS)
+def test_rlhf_is_its_three_stages(tmp_path, world, changes):
     """Every number of a run."""
-    others = {"append_eos": True, "ppo_steps": 1, "sft_epochs": 2.3, "max_grad_norm": 50}
-    flags = RLHF_FLAGS | ({} if anneal else others)
+    paths = {name: world / path for name, path in changes.items() if name.endswith("_path")}
+    flags, anneal = RLHF_FLAGS | changes | paths, "append_eos" not in changes
     switches = ["--anneal"] if anneal else ["--no-anneal", "--append-eos"]
     with in_double():
         given = {name: value for name, value in flags.items() if name != "append_eos"}

@@ -60,7 +60,7 @@ class Script(NamedTuple):
 
 
 PPO_FLAGS = """--batch-size 8 --minibatch-size 4 --ppo-epochs 2 --temperature 0.8
-    --learning-rate 1e-3 --value-learning-rate 1e-3 --missing-eos-penalty 0.1
+    --learning-rate 1e-3 --value-learning-rate 1e-3
     --reward-batch-size 4 --reward-learning-rate 3e-3"""
 SCRIPTS = {
     "ppo": Script(
@@ -72,7 +72,7 @@ SCRIPTS = {
         "--ppo-epochs 1 --minibatch-size 8 --reward-updates-per-iteration 1",
         (2, 2 + 3, 2 + 8 + 3, 2 + 16 + 2),  # upper and lower levels: 2 and, in each step, 8
         """seed num_demonstrations num_preferences demo_weight preference_weight reward_penalty
-        kl_coefficient missing_eos_penalty""",
+        kl_coefficient""",
         {"policy", "reward"},
     ),
     "dpo": Script(
@@ -94,7 +94,7 @@ SCRIPTS = {
         --reward-batch-size 8 --reward-epochs 1""",
         """--ppo-epochs 1 --minibatch-size 8 --sft-batch-size 22 --reward-batch-size 22""",
         (2, 3 + 2, 6 + 3, 6 + 8 + 3),  # three updates of each of stages 1 and 2, 8 a PPO step
-        "seed num_demonstrations num_preferences kl_coefficient missing_eos_penalty",
+        "seed num_demonstrations num_preferences kl_coefficient",
         {"sft", "reward", "policy"},
     ),
 }
@@ -381,7 +381,7 @@ def test_a_finished_run(tmp_path, script, world, finished, plain):
     code, out, err = resume(script, finished)
     after = files(finished)
     assert code == 0 and after.pop("args.json") != before.pop("args.json") and after == before, err
-    assert f"final: ground truth {float(last['eval/gt_score']):.2f}, KL" in out
+    assert f" gt_score {float(last['eval/gt_score']):.2f}" in out[out.index("final: ") :]
     code, out, err = run_script(script.module, [*script.command, "--evaluate", finished], tmp_path)
     assert code == 0 and {name: files(finished)[name] for name in before} == before, err
     assert f"{float(last['eval/gt_score']):.2f}" in out
@@ -402,9 +402,11 @@ def test_a_finished_run(tmp_path, script, world, finished, plain):
 
 
 def test_other_data_and_other_weights_are_refused(tmp_path, script, world):
-    """Of what the run learns from: a text of each file, a number of the base model."""
+    """Of what the run learns from: a text of each file, a number of the base model and, where it is
+    not in the checkpoint, of the reference."""
     shutil.copytree(world, tmp_path / "world")
-    folder = run(script, tmp_path, tmp_path / "world")
+    sft = Path(shutil.copytree(world / "gpt2", tmp_path / "world" / "sft"))
+    folder = run(script, tmp_path, tmp_path / "world", "--sft-model-path", sft)
     before = files(folder)
     for name in ("demonstrations", "preferences", "prompts"):
         path = tmp_path / "world" / f"{name}.jsonl"
@@ -417,11 +419,13 @@ def test_other_data_and_other_weights_are_refused(tmp_path, script, world):
     assert_one_line_error(resume(script, folder, "--eval-prompts", 8), "other data")
     code, out, err = resume(script, folder)
     assert code == 0, (out, err)
-    path = tmp_path / "world" / "gpt2" / "model.safetensors"
-    state = load_file(path)
-    state["transformer.h.0.mlp.c_fc.weight"][0, 0] += 1e-3
-    save_file(state, path, {"format": "pt"})
-    assert_one_line_error(resume(script, folder), "another model")
+    for name in of(script, ppo=("sft", "gpt2"), dpo=("sft", "gpt2"), rlhf=("gpt2",)):
+        path = tmp_path / "world" / name / "model.safetensors"
+        raw, state = path.read_bytes(), load_file(path)
+        state["transformer.h.0.mlp.c_fc.weight"][0, 0] += 1e-3
+        save_file(state, path, {"format": "pt"})
+        assert_one_line_error(resume(script, folder), "another model")
+        path.write_bytes(raw)
     del before["args.json"]
     assert {name: files(folder)[name] for name in before} == before
 
@@ -477,6 +481,13 @@ def test_not_finite(tmp_path, script, world, name):
     assert_one_line_error(result, "is not finite at step", code=1)
 
 
+def test_gradient_not_finite(tmp_path, script, world, monkeypatch):
+    nan = torch.tensor(float("nan"))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: nan)
+    result = execute(script, tmp_path, world)
+    assert_one_line_error(result, "gradient is not finite at step 0", code=1)
+
+
 # -------------------------------------------------------------------------------------- arguments
 def parsed(script: Script, *flags) -> mock.Mock:
     """The call of read.check_numbers, which gets the arguments as a script reads them."""
@@ -513,7 +524,7 @@ def test_presets_are_the_papers_and_flags_beside_them_win(script):
     assert getattr(hh, "append_eos", True) and getattr(hh, "preference_weight", 1) == 1
     assert (imdb.learning_rate, imdb.reward_learning_rate) == (1.41e-5, 1e-5)
     assert (hh.reward_model_path, hh.reward_batch_size) == ("EleutherAI/pythia-1.4b", 8)
-    assert (hh.batch_size, hh.reward_learning_rate, hh.missing_eos_penalty) == (4, 1e-5, 1)
+    assert (hh.batch_size, hh.reward_learning_rate, hh.dtype) == (4, 1e-5, "bfloat16")
     if script.module is aihf_ppo_llm:
         assert (imdb.policy_steps_per_iteration, imdb.reward_updates_per_iteration) == (20, 12)
         assert (hh.policy_steps_per_iteration, hh.reward_updates_per_iteration) == (6000, 20)
@@ -642,6 +653,11 @@ def free_ports():
             yield port
 
 
+def second_step(script: Script) -> list[str]:
+    """Flags of a run carried on: of AIHF with PPO by ReMax."""
+    return [script.steps, "2", *of(script, ppo="--policy-optimizer remax", dpo="", rlhf="").split()]
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory, world) -> Path:
     """The folder where one torchrun, of two machines with a process each, has made a run of a step
@@ -653,7 +669,7 @@ def two_processes(tmp_path_factory, world) -> Path:
         run(script, folder, world, *flags, "--run-name", f"{name}_one")
         resumed = shutil.copytree(folder / f"{name}_one", folder / f"{name}_one_then_two")
         begin = [*flags, "--micro-batch-size", 2, "--gradient-checkpointing"]
-        carry_on = [*script.command, "--resume", str(resumed), script.steps, "2"]
+        carry_on = [*script.command, "--resume", str(resumed), *second_step(script)]
         for argv in (command(script, world, *begin, "--run-name", f"{name}_two"), carry_on):
             jobs.append([script.module.__name__, argv, next(ports)])
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -699,7 +715,7 @@ def test_two_processes_are_one(tmp_path, script, world, two_processes):
     assert files(one).keys() == files(two).keys()
     for folder in (one, two):
         folder = shutil.copytree(folder, tmp_path / f"{folder.name}_then_one")
-        code, out, err = resume(script, folder, script.steps, 2)
+        code, out, err = resume(script, folder, *second_step(script))
         assert code == 0, (out, err)
     assert_same_but_for_rounding(tmp_path / f"{name}_one_then_one", then_two)
     found, expected = (metrics(x) for x in (folder, then_two))
@@ -758,7 +774,7 @@ def test_training_cannot_see_the_ground_truth(tmp_path, script, world, plain):
         argv = [*script.command, "--evaluate", plain, "--ground-truth-path", judge]
         code, out, err = run_script(script.module, argv, tmp_path)
         assert code == 0, (out, err)
-        scores += re.findall(r"ground truth (-?\d+\.\d+)", out)
+        scores += re.findall(r"gt_score (-?\d+\.\d+)", out)
     assert len(set(scores)) == 2, scores
 
 
@@ -1028,3 +1044,5 @@ def test_tracking_is_asked_for_and_may_refuse(tmp_path, script, world, monkeypat
     assert {k: f"{v:.9g}" for k, v in row.items()} == {
         k: v for k, v in metrics(folder)[-1].items() if v
     }
+    assert resume(script, folder, "--track", script.steps, 2)[0] == 0
+    assert rows[-1][0] == of(script, ppo=2, dpo=2, rlhf=None)

@@ -320,15 +320,15 @@ def test_write_csv_has_every_column_once(tmp_path):
 
 def test_fingerprint_sees_every_number_and_every_place():
     arrays = np.arange(6.0), np.arange(3)
-    tiers = read.Episodes(np.ones((3, 2)), np.ones((3, 1)), np.array([1, 2]), np.ones((3, 2)), [])
-    tiers = tiers._replace(terminated=np.zeros(3))
+    fell = np.zeros(3)
+    tiers = read.Episodes(np.ones((3, 2)), fell, np.array([1, 2]), np.ones((3, 2)), fell)
     pairs = [(("medium", 1), ("low", 2))]
-    whole = read.fingerprint(tiers, pairs)
-    assert whole == read.fingerprint(read.Episodes(*(a.copy() for a in tiers)), list(pairs))
+    whole = read.fingerprint(*tiers, pairs)
+    assert whole == read.fingerprint(*(np.copy(a) for a in tiers), list(pairs))
     others = [[(("low", 2), ("medium", 1))], [(("medium", 1), ("low", 3))], []]
     changed = [tiers._replace(lengths=np.array([2, 1])), tiers._replace(obs=np.zeros((3, 2)))]
-    prints = {read.fingerprint(tiers, other) for other in others} | {whole}
-    prints |= {read.fingerprint(other, pairs) for other in changed} | {read.fingerprint(*arrays)}
+    prints = {read.fingerprint(*tiers, other) for other in others} | {whole}
+    prints |= {read.fingerprint(*other, pairs) for other in changed} | {read.fingerprint(*arrays)}
     assert len(prints) == 7 and len(whole) == 64
 
 

@@ -259,13 +259,6 @@ def test_reward_features():
     assert reward.state_dict().keys() >= {"obs_mean", "obs_std"}  # saved with the network
 
 
-def test_mlp_has_no_nonlinearity_at_its_ends():
-    net = aihf.mlp(5, 4, 3, 2)
-    assert [type(layer) for layer in net] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
-    sizes = [(layer.in_features, layer.out_features) for layer in net[::2]]
-    assert sizes == [(5, 4), (4, 3), (3, 2)]
-
-
 # ------------------------------------------------------------------------------------ the policy
 def constant_actor(mean, log_std):
     actor = aihf.Actor(1, 1, ()).double()
@@ -354,21 +347,6 @@ def test_adam_equals_torch_optim(dtype, tolerance):
         expected.grad = gradient
         optimizer.step()
         close(sac["net"]["x"], expected.detach(), tolerance)
-
-
-def test_state_of_sac_shares_memory_with_the_modules_alone():
-    actor, critics = aihf.Actor(OBS_DIM, ACT_DIM, HIDDEN), aihf.Critics(OBS_DIM, ACT_DIM, HIDDEN)
-    sac = aihf.init_sac(actor, critics, 0.2)
-    assert sac["beta"]["log"].exp().item() == pytest.approx(0.2)
-    for module, net in ((actor, "actor"), (critics, "critics")):
-        for key, p in module.named_parameters():
-            assert p.data_ptr() == sac[net][key].data_ptr() and not sac[net][key].requires_grad
-            assert not sac[f"{net}_mean"][key].any() and not sac[f"{net}_square"][key].any()
-    for key, p in sac["critics"].items():
-        assert torch.equal(p, sac["targets"][key])
-    tensors = helpers.leaves(sac).values()
-    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors)
-    assert not torch.equal(critics.q1[0].weight, critics.q2[0].weight)
 
 
 COMPILER = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
