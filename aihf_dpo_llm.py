@@ -12,8 +12,8 @@ of rlhf_baseline.py) is DPO, `--preference-weight 0` SFT; torchrun shards models
 
     (13)  max_π  α E_D[log π(y|x)] + E_P[log σ(β log π/π⁰(y_w|x) - β log π/π⁰(y_l|x))]
 
-is (8) with its lower level solved: the reward whose best policy is π is β log π/π⁰, but for a term
-of x alone that cancels, as in DPO. Two departures (README.md has more):
+is (8) with its lower level solved: π is the best policy of the reward β log π/π⁰ plus a term of x
+alone, which cancels as in DPO. Two departures (README.md has more):
 - The paper's (13) leaves out the log before σ and swaps two denominators; above it is as derived.
 - log π(y|x) of a demonstration is a mean over its tokens: α = 1 weighs it about as much as a pair.
 """
@@ -47,7 +47,7 @@ ASSETS = "data_gen/assets/imdb"
 
 @dataclass
 class Args:
-    preset: Literal["", "imdb", "hh"] = ""  # the paper's models, Table 2; flags win
+    preset: Literal["", "imdb", "hh"] = ""  # the paper's models; flags beside it win
     model_name_or_path: str = f"{ASSETS}/model"  # the base policy, a folder or hub id
     sft_model_path: str = ""  # start from this policy, which is then π⁰ too
     ground_truth_path: str = f"{ASSETS}/classifier"  # for evaluation alone; "": none
@@ -79,12 +79,12 @@ class Args:
     checkpoint_every: int = 20  # steps between checkpoints
     runs_dir: str = "runs"  # where run folders go
     run_name: str = ""  # the run's folder; "": from script, seed and time
-    resume: str = ""  # a run folder to carry on; its arguments, but for flags beside it
+    resume: str = ""  # a run folder to carry on with its arguments; flags beside it replace them
     evaluate: str = ""  # a run folder whose policy to evaluate instead of training
     cuda: bool = True  # use GPUs when there are any
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of products; weights are float32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights are float32
     gradient_checkpointing: bool = False  # activations are computed anew in backward: less memory
-    threads: int = 2  # CPU threads of torch, of each process
+    threads: int = 2  # CPU threads of each process
     track: bool = False  # log to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY ...)
 
 
@@ -105,8 +105,8 @@ MAY_BE_ZERO = "seed num_demonstrations num_preferences demo_weight preference_we
 
 
 def aihf_dpo_loss(demo_log_probs, lengths, r_chosen, r_rejected, args: Args) -> Tensor:
-    """Minus (13), its terms weighted, summed over rows: of demonstrations log π(y|x) and lengths,
-    of pairs both sides' r = β log π/π⁰; all (rows,), empty where the weight is 0."""
+    """Minus (13), its terms weighted, summed over rows. Of demonstrations: log π(y|x) and their
+    lengths; of pairs: r = β log π/π⁰ of both sides; (rows,) each, empty where the weight is 0."""
     by_token = args.sft_normalisation == "token"
     log_likelihoods = demo_log_probs / lengths if by_token else demo_log_probs
     log_sigmoids = F.logsigmoid(r_chosen - r_rejected)
@@ -125,7 +125,7 @@ def main() -> None:
             raise ValueError("--model-name-or-path and --sft-model-path differ in vocabulary")
         judge = load_judge(args.ground_truth_path, args, device) if args.ground_truth_path else None
 
-        # D and P in token ids: of each demonstration ((x, y),), of each pair both sides
+        # D and P in token ids: demonstrations ((x, y),), pairs ((x, y_w), (x, y_l))
         demos, pairs = [], []
         if args.demo_weight:
             demos = policy.rows(args.demonstrations, "prompt completion", args.num_demonstrations)
@@ -146,10 +146,10 @@ def main() -> None:
             policy.lm.load_state_dict(state["policy"])
         for module in dict.fromkeys([policy, reference, base]):
             shard(module.to(device), device)
-        optimizer = torch.optim.Adam(policy.parameters(), fused=True)  # its rate: in each step
-        if state:
+        optimizer = torch.optim.Adam(policy.parameters(), fused=True)  # rate: in each step
+        if state and not args.evaluate:
             load_optimizer(optimizer, state["optimizer"])
-        log = state.get("log", [])  # rows of metrics.csv
+        log = state.get("log", [])  # rows of metrics.csv, one a step from 0
         track = read.tracker(args)
         run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, SCRIPT)
 
@@ -163,9 +163,9 @@ def main() -> None:
         log.append({"charts/step": 0} | evaluation(0))
         log[0]["charts/wall_seconds"] = time.perf_counter() - started
         track(log[0], step=0)
-    first_step, size = log[-1]["charts/step"], args.batch_size
+    size = args.batch_size
 
-    for step in tqdm(range(first_step, args.dpo_steps), "AIHF-DPO", disable=not read.writes()):
+    for step in tqdm(range(len(log) - 1, args.dpo_steps), "AIHF-DPO", disable=not read.writes()):
         started = time.perf_counter()
         share_left = 1 - step / args.dpo_steps if args.anneal else 1.0
         optimizer.param_groups[0]["lr"] = args.learning_rate * share_left
@@ -182,7 +182,7 @@ def main() -> None:
             log_probs = policy.log_probs([(x, y) for sides in examples for x, y in sides])
             demo_log_probs, pair_log_probs = log_probs.split([len(d), 2 * len(p)])
             pair_log_probs = pair_log_probs.view(-1, 2)
-            lengths = torch.tensor([len(demos[i][0][1]) for i in d], device=device)
+            lengths = torch.tensor([len(y) for i in d for _, y in demos[i]], device=device)
             r_chosen, r_rejected = (args.beta * (pair_log_probs - reference_log_probs[p])).unbind(1)
             loss = aihf_dpo_loss(demo_log_probs, lengths, r_chosen, r_rejected, args)
             (loss / size).backward()
@@ -193,7 +193,7 @@ def main() -> None:
             columns["rewards/accuracies"] = (r_chosen > r_rejected).float()
             for name in [name for name, column in columns.items() if len(column)]:
                 row[name] = row.get(name, 0) + columns[name].detach().sum() / size
-        row = {name: gather(part[None]).sum() for name, part in row.items()}
+        row = {name: gather(x[None]).sum() for name, x in row.items()}
         norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
         read.check_finite(step, run_dir, loss=row["losses/total"], gradient=norm)
         optimizer.step()
@@ -261,17 +261,15 @@ class Policy(nn.Module):
             raise ValueError(f"{name} is recurrent: rows of different lengths would not be right")
 
     def rows(self, name: str, columns: str, count: int) -> list[tuple]:
-        """Of each row of a file a tuple: for each of its responses (prompt, response), in ids."""
+        """For each row of a file, a tuple: (prompt ids, response ids) of each of its responses."""
         prompts, *sides = zip(*read.rows(name, columns, count))
-        prompt_ids, found = self.texts.prompts(prompts, name), []
-        for side in sides:
-            given = list(zip(prompts, side)), name, self.args.append_eos
-            found.append(zip(prompt_ids, self.texts.responses(*given)))
-        return list(zip(*found))
+        x, append_eos = self.texts.prompts(prompts, name), self.args.append_eos
+        ys = [self.texts.responses(list(zip(prompts, y)), name, append_eos) for y in sides]
+        return list(zip(*(zip(x, y) for y in ys)))
 
     def forward(self, ids: Tensor, mask: Tensor, length: int, cache: dict | None = None):
-        """Logits of the last `length` positions of ids (rows, tokens): float32 (rows, length,
-        vocabulary), and the cache for the next call, {} at first. The mask covers both."""
+        """Float32 logits (rows, length, vocabulary) of the last `length` positions of ids (rows,
+        tokens), and the next call's cache ({} at first); the mask covers what is cached too."""
         positions = (mask.cumsum(-1) - 1).clamp(min=0)  # 0 at the first token, after the padding
         inputs = {"input_ids": ids, "position_ids": positions[:, -ids.shape[1] :]}
         inputs |= {"use_cache": cache is not None, "logits_to_keep": length, **(cache or {})}
@@ -292,7 +290,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def score(self, rows: list[tuple[list[int], list[int]]]) -> Tensor:
-        """The same without gradients, of any number of rows, which processes share."""
+        """The same without gradients; processes share the rows, of which any number may come."""
         count = int(os.environ.get("WORLD_SIZE", 1))
         own = share(rows + rows[:1] * (-len(rows) % count))
         batches = [own[part] for part in read.parts(0, len(own), self.args.micro_batch_size)]
@@ -301,9 +299,9 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompts: list[list[int]], rng: np.random.Generator) -> list[list[int]]:
-        """Responses to prompts, which processes share: ids up to and with the end token. Token t is
-        where the cumulative probability passes a number of the rng's, of which a row has as many
-        however early it ends: no row depends on its batch. All processes end together."""
+        """Responses to prompts, which processes share: ids up to and with the end token. A row has
+        response_length of the rng's numbers, however early it ends; each picks a token by inverse
+        CDF: no row depends on its batch. Processes end together."""
         uniform = torch.from_numpy(share(rng.random((len(prompts), self.args.response_length))))
         ids, mask = (x.to(self.lm.device) for x in read.pad(share(prompts), left=True))
         tokens, cache, ended = [], {}, torch.zeros_like(ids[:, :1], dtype=torch.bool)
@@ -339,9 +337,9 @@ def load_judge(name: str, args: Args, device: torch.device):
 
 # --------------------------------------------------------- several processes (torchrun), or one
 # Process i of n holds rows i, i + n ... of every batch and a share of every policy (FSDP2).
-# Gradients are summed: losses are divided by the whole batch. All make as many forward passes.
+# Gradients are summed: losses are divided by the whole batch. All do equally many forward passes.
 def start_processes(args: Args) -> tuple[torch.device, int]:
-    """Joins torchrun's other processes, completes args; the device, and how many there are."""
+    """Joins torchrun's processes, fills in args.run_name; the device, the number of processes."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
@@ -441,7 +439,7 @@ def save_model(model, tokenizer, folder: Path) -> None:
 
 
 def parse_args() -> tuple[Args, dict]:
-    """The given run's arguments, the preset, then the command line; the run's checkpoint."""
+    """Arguments: the given run's, the preset's, the flags (the last wins); the run's checkpoint."""
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
     state = read.checkpoint(args.resume or args.evaluate, SCRIPT)
     preset = PRESETS[args.preset].split() if args.preset else []

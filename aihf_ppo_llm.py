@@ -13,12 +13,12 @@ settings; `torchrun --nproc-per-node 2 aihf_ppo_llm.py` shards the models over p
 Three departures from the paper matter (README.md has more):
 - g1 (Lemma 5.1) is linear in R and unbounded. λ (R(τ)² + R(τ')²) is subtracted from it, so that the
   best R for g1 alone is (p_E - p_π) / (2λ (p_E + p_π)), p densities: within ±1/(2λ), then shifted.
-- Preferences weigh 3. The reward learns first and fast, lest the policy exploit one that has not
-  seen what it writes; the shift keeps a critic valid that was fitted to scores around 0.
-- g1's responses are those of the ten latest policies, lest the reward forget.
+- Preferences weigh 3. The reward learns first and fast: otherwise the policy exploits a reward
+  that has not seen its text. R is shifted to mean 0 on that text, so that the critic stays valid.
+- g1 sees responses of the ten latest policies, so that the reward does not forget earlier ones.
 
 `reward/gap` tells how it goes: large at first, near 0 once the policy is as good as the
-demonstrations; far below 0 the reward pays for what no demonstration has.
+demonstrations; far below 0, the policy exploits R with texts unlike the demonstrations.
 """
 
 import copy
@@ -51,7 +51,7 @@ ASSETS = "data_gen/assets/imdb"
 
 @dataclass
 class Args:
-    preset: Literal["", "imdb", "hh"] = ""  # Table 2, weights of 1; λ, memory and annealing stay
+    preset: Literal["", "imdb", "hh"] = ""  # Table 2, weights of 1; λ, memory, annealing stay
     model_name_or_path: str = f"{ASSETS}/model"  # the base policy, a folder or hub id
     sft_model_path: str = ""  # start from this policy, which is then the reference π⁰ too
     reward_model_path: str = ""  # base of the reward; "": the base policy. A trained head is kept
@@ -65,13 +65,13 @@ class Args:
     max_prompt_length: int = 64  # tokens; of a longer prompt the policy reads the last ones
     response_length: int = 24  # tokens at most; longer demonstrations are cut, preferences not
     temperature: float = 1.0  # of sampling; logits are divided by it in every log-probability
-    micro_batch_size: int = 64  # rows in a pass, but of sampling (of each side, for R): for memory
+    micro_batch_size: int = 64  # rows in a forward pass (R: of each side); sampling is not split
     anneal: bool = True  # let the learning rates fall linearly to 0 over the run (paper: no)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
 
     # Upper level: the reward
-    demo_weight: float = 1.0  # α of Algorithm 1: that of (8a) / β (not given); 0: as in RLHF
-    preference_weight: float = 3.0  # of (11); 0: inverse reinforcement learning (paper: 1)
+    demo_weight: float = 1.0  # α of Algorithm 1, which is α of (8a) / β; 0: as in RLHF
+    preference_weight: float = 3.0  # of (11) (paper: 1); 0: inverse reinforcement learning
     demo_loss: Literal["linear", "logistic"] = "linear"  # g1: Lemma 5.1, or log σ (authors' code)
     response_memory: int = 10  # latest policies whose responses g1 sees (Algorithm 1: 1)
     reward_penalty: float = 0.3  # λ, weight of R² in the demonstration term (paper: none)
@@ -81,15 +81,15 @@ class Args:
 
     # Lower level: the policy
     policy_optimizer: Literal["ppo", "remax"] = "ppo"  # remax: no critic, one step a batch
-    policy_steps_per_iteration: int = 5  # PPO steps in each policy alignment (paper: 20)
-    ppo_steps: int = 60  # batches of responses in all
-    batch_size: int = 64  # responses in each (paper: 256)
+    policy_steps_per_iteration: int = 5  # PPO steps after each learning of the reward (paper: 20)
+    ppo_steps: int = 60  # steps of PPO or ReMax in all, each on a new batch of responses
+    batch_size: int = 64  # responses in each step (paper: 256)
     minibatch_size: int = 32  # responses in an optimiser step
     ppo_epochs: int = 2  # passes over each batch
     learning_rate: float = 1e-4  # Adam's, for the policy (paper: 1.41e-5, for GPT-2)
-    value_learning_rate: float = 3e-4  # Adam's, for the value network
+    value_learning_rate: float = 3e-4  # Adam's, for the critic
     gae_lambda: float = 0.95  # of generalised advantage estimation; the discount is 1
-    clip: float = 0.2  # probability ratios count up to 1 ± this
+    clip: float = 0.2  # probability ratios are clipped to 1 ± this
     kl_coefficient: float = 0.02  # β of (10)
 
     # Running
@@ -98,16 +98,16 @@ class Args:
     checkpoint_every: int = 10  # PPO steps between checkpoints
     runs_dir: str = "runs"  # where run folders go
     run_name: str = ""  # the run's folder; "": from script, seed and time
-    resume: str = ""  # a run folder to carry on, with its arguments but for flags given beside it
+    resume: str = ""  # a run folder to carry on with its arguments; flags beside it replace them
     evaluate: str = ""  # a run folder whose policy to evaluate instead of training
     cuda: bool = True  # use GPUs when there are any
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of products; weights are float32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights are float32
     gradient_checkpointing: bool = False  # activations are computed anew in backward: less memory
-    threads: int = 2  # CPU threads of torch, of each process
+    threads: int = 2  # CPU threads of each process
     track: bool = False  # log to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY ...)
 
 
-PRESETS = {  # flags that come before the user's own; what Table 2 leaves open is as in trl
+PRESETS = {  # the paper's models and Table 2; the user's own flags win
     "imdb": """--model-name-or-path gpt2 --ground-truth-path lvwerra/distilbert-imdb
         --num-demonstrations 0 --num-preferences 0 --preference-weight 1 --reward-learning-rate 1e-5
         --reward-batch-size 128 --reward-updates-per-iteration 12 --policy-steps-per-iteration 20
@@ -131,9 +131,9 @@ MAY_BE_ZERO = """seed num_demonstrations num_preferences demo_weight preference_
 
 # ---------------------------------------------------------------- the two levels, in equations
 def reward_losses(r_demos: Tensor, r_policy: Tensor, r_chosen: Tensor, r_rejected: Tensor, args):
-    """What Adam descends in the upper level: minus the objective of (26), g2 weighted, with λ's
-    term. R of demonstrations τ ~ D, of policies' responses τ' to the same prompts, and of both
-    sides of pairs τ_l ≺ τ_w (anything where the weight is 0), and the losses: (rows,) each."""
+    """Minus the objective of (26), preferences weighted, plus λ's term: what Adam minimises. R of
+    demonstrations τ ~ D, of policies' responses τ' to the same prompts, and of preferred and other
+    sides of pairs (values unused where the weight is 0); all of these and the losses: (rows,)."""
     losses = torch.zeros_like(r_demos)
     if args.demo_weight:
         gap = r_demos - r_policy  # (28), Lemma 5.1
@@ -153,7 +153,7 @@ def token_rewards(log_ratio: Tensor, scores: Tensor, mask: Tensor, beta: float) 
 
 def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, lam: float):
     """Advantages and returns, (rows, N) each (Schulman et al. 2016, (16) at γ = 1), of rewards,
-    values and mask (rows, N). values[:, t]: where token t is chosen; 0 after the end."""
+    values and mask (rows, N). values[:, t] is V before token t; after the end it counts as 0."""
     values = values * mask
     delta = (rewards + F.pad(values[:, 1:], (0, 1)) - values) * mask
     advantages, running = torch.zeros_like(delta), torch.zeros_like(delta[:, 0])
@@ -188,7 +188,7 @@ def main() -> None:
         args, state = parse_args()
         device, count = start_processes(args)
 
-        # What is learned, the policy π, the critic V and the reward R(·; θ), and what is not
+        # Learned: π, V (the critic), R(·; θ). Frozen: π⁰, the base policy, the judge
         initial = args.sft_model_path or args.model_name_or_path
         policy = Policy(initial, args)
         reference = copy.deepcopy(policy)  # π⁰
@@ -202,7 +202,7 @@ def main() -> None:
         value = copy.deepcopy(reward) if critic_from_reward else Scorer(initial, args)
         judge = Scorer(args.ground_truth_path, args, True) if args.ground_truth_path else None
 
-        # The data: preferences P, prompts, and demonstrations D or, without, prompts alone
+        # The data: preferences P, prompts, and demonstrations D (α = 0: prompts in their place)
         pairs = []
         if args.preference_weight:
             pairs = read.rows(args.preferences, "prompt chosen rejected", args.num_preferences)
@@ -229,9 +229,9 @@ def main() -> None:
         for module in dict.fromkeys([*learned.values(), reference, base]):
             shard(module.to(device), device)
         optimizers = {k: torch.optim.Adam(x.parameters(), fused=True) for k, x in learned.items()}
-        for name in learned if state else ():
+        for name in learned if state and not args.evaluate else ():
             load_optimizer(optimizers[name], state[f"{name}_optimizer"])
-        memory, log = state.get("memory", []), state.get("log", [])  # log: a row a step, from 0
+        memory, log = state.get("memory", []), state.get("log", [])  # τ' for g1; metrics.csv
         track = read.tracker(args)
         run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, SCRIPT)
 
@@ -251,8 +251,8 @@ def main() -> None:
             optimizer.param_groups[0]["lr"] = rate * share_left
 
         k, steps_since_reward = divmod(step, args.policy_steps_per_iteration)
-        if steps_since_reward == 0:  # Algorithm 1 from its step 2: the first reward is random
-            # ==================================== SAMPLE: τ ~ D, τ' ~ π_k, (τ_l ≺ τ_w) ~ P
+        if steps_since_reward == 0:  # the reward first (Algorithm 1: the policy): R starts random
+            # ================ SAMPLE: τ ~ D, τ' ~ π_k and earlier ones, (τ_l ≺ τ_w) ~ P
             size = args.reward_updates_per_iteration * args.reward_batch_size  # of all updates
             indices = read.draw(len(demos), size, k, (args.seed, 1))
             asked = [demo_prompt_ids[i] for i in indices]
@@ -262,10 +262,10 @@ def main() -> None:
             fresh = [demos[i][0] + y for i, y in zip(indices, responses)]
             memory = [*memory, *zip(indices, fresh)][-args.response_memory * size :]
             order = np.random.default_rng([args.seed, 4, k]).permutation(len(memory))
-            contrasted = share([memory[j] for j in order[:size]])
+            recalled = share([memory[j] for j in order[:size]])
             sides = []  # texts: demonstrations, responses to their prompts; both sides of pairs
             if args.demo_weight:
-                sides += [demo_texts[i] for i, _ in contrasted], [text for _, text in contrasted]
+                sides += [demo_texts[i] for i, _ in recalled], [text for _, text in recalled]
             if args.preference_weight:
                 drawn = [pairs[i] for i in share(read.draw(len(pairs), size, k, (args.seed, 2)))]
                 sides += [x + y for x, y, _ in drawn], [x + y for x, _, y in drawn]
@@ -283,7 +283,7 @@ def main() -> None:
             row["rewards/loss"] = total(loss).item()  # of the last update
             if args.preference_weight:
                 row["rewards/accuracies"] = total(correct).item()
-            # A constant in R changes λ's term, not (10)'s best policy or (11): make π_k's mean 0.
+            # Shift R to mean 0 on π_k's text: it changes λ's term, not (11) or (10)'s best policy.
             reward.offset += gather(in_parts(reward.score, args, share(fresh))).mean()
             if step == 0 and critic_from_reward:
                 value.load_state_dict(reward.state_dict())  # the critic begins as the first reward
@@ -295,7 +295,7 @@ def main() -> None:
         indices = read.draw(len(train_ids), args.batch_size, step, (args.seed, 5))
         asked = [train_ids[i] for i in indices]
         rng = np.random.default_rng([args.seed, 6, step])
-        ids, mask, alive, ended, responses = policy.sample(asked, rng)  # tensors: of own rows alone
+        ids, mask, alive, ended, responses = policy.sample(asked, rng)  # tensors: own rows only
         texts = [train_prompts[i] + response for i, response in zip(indices, responses)]
         length, scores = alive.shape[1], in_parts(reward.score, args, share(texts))
         old_log_probs = in_parts(policy.log_probs, args, ids, mask, alive)
@@ -313,7 +313,7 @@ def main() -> None:
 
         statistics = []  # of each minibatch: policy and value loss, approximate KL, share clipped
         size, passes = (args.minibatch_size // count, args.ppo_epochs) if is_ppo else (len(ids), 1)
-        for minibatch in read.parts(0, len(ids), size) * passes:  # of rows drawn at random
+        for minibatch in read.parts(0, len(ids), size) * passes:  # rows are drawn at random
             weights = alive / total(alive[minibatch].sum())  # a mean over the minibatch's tokens
             sums = torch.zeros(4, device=device)
             for part in read.parts(minibatch.start, minibatch.stop, args.micro_batch_size):
@@ -367,11 +367,11 @@ def main() -> None:
 
 
 # ------------------------------------------------------------------------------------- models
-# Every pass of a model goes through its forward, which FSDP2 watches. Dropout is off: models stay
-# in evaluation mode, as from_pretrained returns them.
+# Every pass of a model goes through its forward, where FSDP2 gathers it. Dropout is off: models
+# stay in evaluation mode, as from_pretrained returns them.
 def load(kind: str, name: str, args: Args, **new_head):
     """The float32 model that AutoModelFor<kind> gives, and its tokenizer; no remote code is run.
-    ValueError for a folder that lacks a tokenizer or weights (a new head's excepted)."""
+    ValueError if weights but a new head's are missing, or the tokenizer has too many tokens."""
     auto, no_code = getattr(transformers, f"AutoModelFor{kind}"), {"trust_remote_code": False}
     model, info = auto.from_pretrained(name, output_loading_info=True, **no_code, **new_head)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **no_code)
@@ -405,8 +405,8 @@ class Policy(nn.Module):
             raise ValueError(f"{name} is recurrent: rows of different lengths would not be right")
 
     def forward(self, ids: Tensor, mask: Tensor, length: int, cache: dict | None = None):
-        """Logits of the last `length` positions, float32 (rows, length, vocabulary), and the cache,
-        {} at first, of ids (rows, tokens) and the mask (rows, ·) of these and of what is cached."""
+        """Float32 logits (rows, length, vocabulary) of the last `length` positions of ids (rows,
+        tokens), and the next call's cache ({} at first); the mask covers what is cached too."""
         positions = (mask.cumsum(-1) - 1).clamp(min=0)  # 0 at the first token, after the padding
         inputs = {"input_ids": ids, "position_ids": positions[:, -ids.shape[1] :]}
         inputs |= {"use_cache": cache is not None, "logits_to_keep": length, **(cache or {})}
@@ -425,10 +425,10 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompts: list[list[int]], rng: np.random.Generator, temperature=None):
-        """Of this process's rows ids and mask (rows, P + N) of prompts with sampled responses, the
-        responses' mask (rows, N), up to and with the end token, and whether there is one (rows,);
-        of all rows the responses' texts. A token is where the cumulative probability passes a
-        number of the rng's, N a row: no row depends on its batch. All processes end together."""
+        """Of this process's rows: ids and mask (rows, P + N) of prompt and response, the responses'
+        mask (rows, N), end token included, and whether it came (rows,). Of all rows: the texts of
+        the responses. A row has response_length of the rng's numbers, however early it ends; each
+        picks a token by inverse CDF: no row depends on its batch. Processes end together."""
         uniform = torch.from_numpy(share(rng.random((len(prompts), self.args.response_length))))
         ids, mask = (x.to(self.lm.device) for x in read.pad(share(prompts), left=True))
         token, cache, width = ids, {}, ids.shape[1]
@@ -450,8 +450,8 @@ class Policy(nn.Module):
 
 
 class Scorer(nn.Module):
-    """R and V: a sequence classifier of one or two outputs as a number at every token. R(τ) is its
-    number at a text's last token, V(s) that at the last token of s."""
+    """R, V and the judge: a sequence classifier that gives one number at every token (of two
+    outputs their difference). R(τ) is that at a text's last token, V(s) that at the last of s."""
 
     def __init__(self, name: str, args: Args, trained: bool = False):
         """The head is new where there is none; ValueError then, if one must be `trained`."""
@@ -471,7 +471,7 @@ class Scorer(nn.Module):
         limit = getattr(self.model.config, "max_position_embeddings", None) or 10**6
         limit = min(limit - unused, self.tokenizer.model_max_length)
         self.limit = limit - len(self.prefix) - len(self.suffix)
-        self.register_buffer("offset", torch.zeros(()))  # R is shifted by it
+        self.register_buffer("offset", torch.zeros(()))  # subtracted from every score
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Scores (rows, tokens), float32, of ids and mask (rows, tokens)."""
@@ -510,10 +510,10 @@ def descend(module, optimizer, args: Args, step: int, run_dir: Path, loss: Tenso
 
 
 # --------------------------------------------------------- several processes (torchrun), or one
-# Process i of n holds rows i, i + n ... of every batch and a share of every model (FSDP2). Losses
-# are divided by what all hold, for gradients are summed. All make as many forward passes.
+# Process i of n holds rows i, i + n ... of a batch and shards of all models but the judge (FSDP2).
+# Gradients are summed: losses are divided by the whole batch. All do equally many forward passes.
 def start_processes(args: Args) -> tuple[torch.device, int]:
-    """Joins torchrun's other processes, completes args; the device, and how many there are."""
+    """Joins torchrun's processes, fills in args.run_name; the device, the number of processes."""
     transformers.logging.set_verbosity_error()  # a new head is no news
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
@@ -613,8 +613,8 @@ def save_model(model, tokenizer, folder: Path) -> None:
 
 
 def parse_args() -> tuple[Args, dict]:
-    """The arguments of the run to carry on or to evaluate, the preset, then the command line; and
-    that run's checkpoint, else {}."""
+    """The run's arguments (--resume, --evaluate) or the defaults, then the preset, then the flags:
+    the last wins. And the run's checkpoint, or {}."""
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])  # which preset, which run
     state = read.checkpoint(args.resume or args.evaluate, SCRIPT)
     preset = PRESETS[args.preset].split() if args.preset else []

@@ -44,7 +44,7 @@ class Args:
     data_dir: str = ""  # high.npz, medium.npz, low.npz, pairs.csv; "": data_gen/assets/mujoco/<env>
 
     # Upper level: the reward
-    demo_weight: float = 1.0  # α of Algorithm 1, that is α of (8a) over β; 0: as in RLHF
+    demo_weight: float = 1.0  # α of Algorithm 1, which is α of (8a) / β; 0: as in RLHF
     preference_weight: float = 10.0  # of (11); 0: inverse reinforcement learning (paper: 1)
     preference_temperature: float = 5.0  # divides the difference of returns in (11) (paper: 1)
     reward_updates_per_iteration: int = 100  # Adam steps (the authors' code: 1, in longer runs)
@@ -60,7 +60,7 @@ class Args:
 
     # Lower level: the policy
     policy_steps_per_iteration: int = 5_000  # SAC steps in each policy alignment
-    demos_in_replay: bool | None = None  # demonstrations too (paper: no); None: if it can fall
+    demos_in_replay: bool | None = None  # with demonstrations (paper: no); None: if it can fall
     learning_starts: int = 5_000  # steps of uniformly random actions before the first update
     learning_rate: float = 1e-3  # Adam's (paper: 3e-3; the authors' code: 1e-3)
     anneal: bool = True  # let both learning rates fall to 0 at --total-timesteps (paper: no)
@@ -76,7 +76,7 @@ class Args:
     checkpoint_every: int = 10  # iterations between checkpoints
     runs_dir: str = "runs"  # where run folders go
     run_name: str = ""  # the run's folder; "": from environment, script, seed and time
-    resume: str = ""  # a run folder to carry on, with its arguments but for flags given beside it
+    resume: str = ""  # a run folder to carry on with its arguments; flags beside it replace them
     evaluate: str = ""  # a run folder whose policy to evaluate instead of training
     compile: bool = True  # compile the SAC update (needs a C++ compiler)
     cuda: bool = True  # use a GPU when there is one; networks this small are often faster on a core
@@ -425,8 +425,8 @@ def make_sac_update(actor, critics, gamma: float, tau: float, target_entropy: fl
 
 
 def compile_update(update, sac: dict, obs_dim: int, act_dim: int, n: int):
-    """The update compiled for batches of n, without guards, as shapes never change; on GPUs the C++
-    wrapper would need a CUDA toolkit. If a trial on copies fails, a line says so: no compiling."""
+    """The update compiled for batches of n, without guards, as shapes never change, with a C++
+    wrapper on CPUs; as it is, after a printed line, if a trial of that on copies fails."""
     shapes = [(), (n, obs_dim), (n, act_dim), (n,), (n, obs_dim), (n,), (2, n, act_dim)]
     inputs = [torch.zeros(shape, device=sac["beta"]["log"].device) for shape in shapes]
     options = {"cpp_wrapper": inputs[0].is_cpu, "guard_filter_fn": lambda g: [False] * len(g)}

@@ -76,7 +76,7 @@ class MujocoArgs:
     gradient_penalty: float = 1000.0  # weight of the penalty on slopes of r above 1 (paper: none)
 
     # 3. RL
-    demos_in_replay: bool | None = None  # demonstrations too (paper: no); None: if it can fall
+    demos_in_replay: bool | None = None  # with demonstrations (paper: no); None: if it can fall
     critic_warmup_steps: int = 10_000  # SAC steps in which the clone acts and does not learn
     kl_coefficient: float = 10.0  # β of (4): less loses the clone; 0: SAC's entropy bonus, β tuned
     policy_steps_per_iteration: int = 5_000  # SAC steps between two rows of metrics.csv
@@ -93,7 +93,7 @@ class MujocoArgs:
     checkpoint_every: int = 10  # iterations between checkpoints; stages 1 and 2 save at their end
     runs_dir: str = "runs"  # where run folders go
     run_name: str = ""  # the run's folder; "": from environment, script, seed and time
-    resume: str = ""  # a run folder to carry on, with its arguments but for flags given beside it
+    resume: str = ""  # a run folder to carry on with its arguments; flags beside it replace them
     evaluate: str = ""  # a run folder whose policy to evaluate instead of training
     compile: bool = True  # compile the SAC update (needs a C++ compiler)
     cuda: bool = True  # use a GPU when there is one; networks this small are often faster on a core
@@ -503,8 +503,8 @@ def make_sac_update(actor, critics, gamma: float, tau: float, target_entropy, wa
 
 
 def compile_update(update, sac: dict, obs_dim: int, act_dim: int, n: int):
-    """The update compiled for batches of n, without guards, as shapes never change; on GPUs the C++
-    wrapper would need a CUDA toolkit. If a trial on copies fails, a line says so: no compiling."""
+    """The update compiled for batches of n, without guards, as shapes never change, with a C++
+    wrapper on CPUs; as it is, after a printed line, if a trial of that on copies fails."""
     shapes = [(), (n, obs_dim), (n, act_dim), (n,), (n, obs_dim), (n,), (2, n, act_dim)]
     inputs = [torch.zeros(shape, device=sac["beta"]["log"].device) for shape in shapes]
     options = {"cpp_wrapper": inputs[0].is_cpu, "guard_filter_fn": lambda g: [False] * len(g)}
@@ -583,7 +583,7 @@ class LlmArgs:
     response_length: int = 24  # tokens at most; longer demonstrations are cut, preferences not
     temperature: float = 1.0  # of sampling; logits are divided by it in every log-probability
     append_eos: bool = False  # end demonstrations with the end token; they may also spell it out
-    micro_batch_size: int = 64  # rows in a pass, but of sampling (of each side, for R): for memory
+    micro_batch_size: int = 64  # rows in a forward pass (R: of each side); sampling is not split
     anneal: bool = True  # let the learning rate of each stage fall linearly to 0 (paper: no)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
 
@@ -603,9 +603,9 @@ class LlmArgs:
     minibatch_size: int = 32  # responses in an optimiser step
     ppo_epochs: int = 2  # passes over each batch
     learning_rate: float = 1e-4  # Adam's, for the policy (paper: 1.41e-5, for GPT-2)
-    value_learning_rate: float = 3e-4  # Adam's, for the value network
+    value_learning_rate: float = 3e-4  # Adam's, for the critic
     gae_lambda: float = 0.95  # of generalised advantage estimation; the discount is 1
-    clip: float = 0.2  # probability ratios count up to 1 ± this
+    clip: float = 0.2  # probability ratios are clipped to 1 ± this
     kl_coefficient: float = 0.05  # β of (4)
 
     # Running
@@ -614,16 +614,16 @@ class LlmArgs:
     checkpoint_every: int = 10  # PPO steps between checkpoints; stages 1 and 2: some ten times
     runs_dir: str = "runs"  # where run folders go
     run_name: str = ""  # the run's folder; "": from script, seed and time
-    resume: str = ""  # a run folder to carry on, with its arguments but for flags given beside it
+    resume: str = ""  # a run folder to carry on with its arguments; flags beside it replace them
     evaluate: str = ""  # a run folder whose policy to evaluate instead of training
     cuda: bool = True  # use GPUs when there are any
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of products; weights are float32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights are float32
     gradient_checkpointing: bool = False  # activations are computed anew in backward: less memory
-    threads: int = 2  # CPU threads of torch, of each process
+    threads: int = 2  # CPU threads of each process
     track: bool = False  # log to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY ...)
 
 
-PRESETS = {  # flags that come before the user's own; what Table 2 leaves open is as in trl
+PRESETS = {  # the paper's models and Table 2; the user's own flags win
     "imdb": """--model-name-or-path gpt2 --ground-truth-path lvwerra/distilbert-imdb
         --num-demonstrations 0 --num-preferences 0 --sft-learning-rate 1e-5
         --reward-learning-rate 1e-5 --reward-batch-size 128 --kl-coefficient 0.05
@@ -668,7 +668,7 @@ def token_rewards(log_ratio: Tensor, scores: Tensor, mask: Tensor, beta: float) 
 
 def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, lam: float):
     """Advantages and returns, (rows, N) each (Schulman et al. 2016, (16) at γ = 1), of rewards,
-    values and mask (rows, N). values[:, t]: where token t is chosen; 0 after the end."""
+    values and mask (rows, N). values[:, t] is V before token t; after the end it counts as 0."""
     values = values * mask
     delta = (rewards + F.pad(values[:, 1:], (0, 1)) - values) * mask
     advantages, running = torch.zeros_like(delta), torch.zeros_like(delta[:, 0])
@@ -746,7 +746,7 @@ def llm(args: LlmArgs, state: dict) -> None:
             shard(module.to(device), device)
         learned = {"sft": policy, "rewards": reward, "policy": policy, "value": value}
         optimizers = {k: torch.optim.Adam(x.parameters(), fused=True) for k, x in learned.items()}
-        for name in optimizers if state else ():
+        for name in optimizers if state and not args.evaluate else ():
             load_optimizer(optimizers[name], state[f"{name}_optimizer"])
         log = state.get("log", [])  # rows of metrics.csv
         stage, first_step = (log[-1][f"charts/{x}"] for x in ("stage", "step")) if log else (1, 0)
@@ -897,7 +897,7 @@ def llm(args: LlmArgs, state: dict) -> None:
 # in evaluation mode, as from_pretrained returns them.
 def load(kind: str, name: str, args: LlmArgs, **new_head):
     """The float32 model that AutoModelFor<kind> gives, and its tokenizer; no remote code is run.
-    ValueError for a folder that lacks a tokenizer or weights (a new head's excepted)."""
+    ValueError if weights but a new head's are missing, or the tokenizer has too many tokens."""
     auto, no_code = getattr(transformers, f"AutoModelFor{kind}"), {"trust_remote_code": False}
     model, info = auto.from_pretrained(name, output_loading_info=True, **no_code, **new_head)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **no_code)
@@ -931,8 +931,8 @@ class Policy(nn.Module):
             raise ValueError(f"{name} is recurrent: rows of different lengths would not be right")
 
     def forward(self, ids: Tensor, mask: Tensor, length: int, cache: dict | None = None):
-        """Logits of the last `length` positions, float32 (rows, length, vocabulary), and the cache,
-        {} at first, of ids (rows, tokens) and the mask (rows, ·) of these and of what is cached."""
+        """Float32 logits (rows, length, vocabulary) of the last `length` positions of ids (rows,
+        tokens), and the next call's cache ({} at first); the mask covers what is cached too."""
         positions = (mask.cumsum(-1) - 1).clamp(min=0)  # 0 at the first token, after the padding
         inputs = {"input_ids": ids, "position_ids": positions[:, -ids.shape[1] :]}
         inputs |= {"use_cache": cache is not None, "logits_to_keep": length, **(cache or {})}
@@ -951,10 +951,10 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompts: list[list[int]], rng: np.random.Generator):
-        """Of this process's rows ids and mask (rows, P + N) of prompts with sampled responses, the
-        responses' mask (rows, N), up to and with the end token, and whether there is one (rows,);
-        of all rows the responses' texts. A token is where the cumulative probability passes a
-        number of the rng's, N a row: no row depends on its batch. All processes end together."""
+        """Of this process's rows: ids and mask (rows, P + N) of prompt and response, the responses'
+        mask (rows, N), end token included, and whether it came (rows,). Of all rows: the texts of
+        the responses. A row has response_length of the rng's numbers, however early it ends; each
+        picks a token by inverse CDF: no row depends on its batch. Processes end together."""
         uniform = torch.from_numpy(share(rng.random((len(prompts), self.args.response_length))))
         ids, mask = (x.to(self.lm.device) for x in read.pad(share(prompts), left=True))
         token, cache, width = ids, {}, ids.shape[1]
@@ -976,8 +976,8 @@ class Policy(nn.Module):
 
 
 class Scorer(nn.Module):
-    """R and V: a sequence classifier of one or two outputs as a number at every token. R(τ) is its
-    number at a text's last token, V(s) that at the last token of s."""
+    """R, V and the judge: a sequence classifier that gives one number at every token (of two
+    outputs their difference). R(τ) is that at a text's last token, V(s) that at the last of s."""
 
     def __init__(self, name: str, args: LlmArgs, trained: bool = False):
         """The head is new where there is none; ValueError then, if one must be `trained`."""
@@ -997,7 +997,7 @@ class Scorer(nn.Module):
         limit = getattr(self.model.config, "max_position_embeddings", None) or 10**6
         limit = min(limit - unused, self.tokenizer.model_max_length)
         self.limit = limit - len(self.prefix) - len(self.suffix)
-        self.register_buffer("offset", torch.zeros(()))  # R is shifted by it
+        self.register_buffer("offset", torch.zeros(()))  # subtracted from every score
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Scores (rows, tokens), float32, of ids and mask (rows, tokens)."""
@@ -1036,10 +1036,10 @@ def descend(module, optimizer, args: LlmArgs, step: int, run_dir: Path, loss: Te
 
 
 # ----------------------------------------------------------- several processes (torchrun), or one
-# Process i of n holds rows i, i + n ... of every batch and a share of every model (FSDP2). Losses
-# are divided by what all hold, for gradients are summed. All make as many forward passes.
+# Process i of n holds rows i, i + n ... of a batch and shards of all models but the judge (FSDP2).
+# Gradients are summed: losses are divided by the whole batch. All do equally many forward passes.
 def start_processes(args: LlmArgs) -> tuple[torch.device, int]:
-    """Joins torchrun's other processes, completes args; the device, and how many there are."""
+    """Joins torchrun's processes, fills in args.run_name; the device, the number of processes."""
     transformers.logging.set_verbosity_error()  # a new head is no news
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)

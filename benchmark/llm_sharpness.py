@@ -9,8 +9,8 @@ runs/ and each temperature; rows that are there are kept, so delete those of a r
 are of responses to the held-out prompts that the runs were evaluated on: the ground truth, the
 score of a judge that praise alone pleases, the entropy in nats a response, the share of different
 word pairs, and the perplexity under the base model. SFT is RLHF's; the base model and the
-demonstrations stand beside them. Prints the table of benchmark/README.md. Without the second judge
-its column is empty.
+demonstrations stand beside them. Prints a table, which benchmark/README.md has in part. Without the
+second judge its column is empty.
 """
 
 import csv

@@ -61,7 +61,7 @@ class Training:
     seed: int = 1  # of initial weights, batches, held-out reviews and samples
     checkpoint_every: int = 250  # steps between checkpoints
     threads: int = 2  # CPU threads of torch
-    bf16: bool = False  # bfloat16 products on a CPU too (on CUDA always); slow without avx512_bf16
+    bf16: bool = False  # bfloat16 products; on a CPU slow without avx512_bf16
 
 
 @dataclass
@@ -211,7 +211,7 @@ def train(model, batch_loss, args: Training, work_dir: Path, data_hash: str) -> 
             optimizer.load_state_dict(state["optimizer"])
             begin = state["step"]
     model.train()
-    bf16 = args.bf16 or model.device.type == "cuda"
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its bfloat16 gradients can be nan
     warmup = max(1, args.steps // 20)
     bar = tqdm(range(begin, args.steps), initial=begin, total=args.steps, desc="2/3 training")
     for step in bar:
@@ -220,7 +220,7 @@ def train(model, batch_loss, args: Training, work_dir: Path, data_hash: str) -> 
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * min((step + 1) / warmup, cosine)
         seed_torch(args.seed, step)  # of dropout
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(model.device.type, torch.bfloat16, args.bf16):
             loss = batch_loss(np.random.default_rng([args.seed, step]))
         optimizer.zero_grad()
         loss.backward()

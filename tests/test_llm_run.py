@@ -581,6 +581,7 @@ def test_what_processes_cannot_share_is_refused(script, monkeypatch):
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: None)
     args = replace(arguments(script), threads=1, cuda=False)
     assert script.module.start_processes(args)[1] == 4
+    assert not torch.is_autocast_cache_enabled() and not torch.backends.cuda.cudnn_sdp_enabled()
     for name in (*names, *(["batch_size"] if not names else []), "eval_prompts"):
         with pytest.raises(ValueError, match="multiples of 4 processes"):
             script.module.start_processes(replace(args, **{name: 6}))
@@ -1044,5 +1045,6 @@ def test_tracking_is_asked_for_and_may_refuse(tmp_path, script, world, monkeypat
     assert {k: f"{v:.9g}" for k, v in row.items()} == {
         k: v for k, v in metrics(folder)[-1].items() if v
     }
+    rows.clear()
     assert resume(script, folder, "--track", script.steps, 2)[0] == 0
-    assert rows[-1][0] == of(script, ppo=2, dpo=2, rlhf=None)
+    assert [step for step, _ in rows] == of(script, ppo=[1, 2], dpo=[2], rlhf=[None])
