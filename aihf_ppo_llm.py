@@ -8,7 +8,7 @@ al., arXiv 2406.06874: Algorithm 1 on language models (6.2, A.2.2). Equation num
 learns to write movie reviews from 1,000 demonstrations and 1,000 preferences, from a small language
 model that is in the repository, in 10 minutes on a core; prints the ground-truth score, used for
 nothing else; leaves policy and reward in runs/<run_name>/. --preset imdb and hh are the paper's
-settings; `torchrun --nproc-per-node 2 aihf_ppo_llm.py` shards the models over processes (FSDP2).
+models and Table 2; `torchrun --nproc-per-node 2 aihf_ppo_llm.py` shards models (FSDP2).
 
 Three departures from the paper matter (README.md has more):
 - g1 (Lemma 5.1) is linear in R and unbounded. λ (R(τ)² + R(τ')²) is subtracted from it, so that the
@@ -51,7 +51,7 @@ ASSETS = "data_gen/assets/imdb"
 
 @dataclass
 class Args:
-    preset: Literal["", "imdb", "hh"] = ""  # Table 2, weights of 1; λ, memory, annealing stay
+    preset: Literal["", "imdb", "hh"] = ""  # Table 2, weights of 1; the paper's hh starts from SFT
     model_name_or_path: str = f"{ASSETS}/model"  # the base policy, a folder or hub id
     sft_model_path: str = ""  # start from this policy, which is then the reference π⁰ too
     reward_model_path: str = ""  # base of the reward; "": the base policy. A trained head is kept
@@ -107,7 +107,7 @@ class Args:
     track: bool = False  # log to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY ...)
 
 
-PRESETS = {  # the paper's models and Table 2; the user's own flags win
+PRESETS = {  # the paper's models, Table 2, where it is silent ours; the user's own flags win
     "imdb": """--model-name-or-path gpt2 --ground-truth-path lvwerra/distilbert-imdb
         --num-demonstrations 0 --num-preferences 0 --preference-weight 1 --reward-learning-rate 1e-5
         --reward-batch-size 128 --reward-updates-per-iteration 12 --policy-steps-per-iteration 20

@@ -145,7 +145,7 @@ def draw(x: Tensor, weights: Tensor, count: int, rng: np.random.Generator) -> tu
 
 def preference_log_likelihood(reward, preferred, other, temperature: float = 1.0) -> Tensor:
     """L2, (11): mean log σ((R(τ_w) - R(τ_l)) / temperature) over pairs of segments, (pairs, steps,
-    obs_dim + act_dim) each, R an undiscounted sum: (). Its gradient in θ is g2, (27)."""
+    obs_dim + act_dim) each, R a sum (paper: discounted): (). Its gradient in θ is g2, (27)."""
     return F.logsigmoid((reward(preferred) - reward(other)).sum(-1) / temperature).mean()
 
 

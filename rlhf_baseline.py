@@ -1,7 +1,7 @@
 """RLHF in its three stages, one after the other: the baseline that AIHF is compared with.
 
 "Joint Demonstration and Preference Learning Improves Policy Alignment with Human Feedback", Li et
-al., arXiv 2406.06874: Sections 2, 6.1 and 6.2. Equation numbers are the paper's.
+al., arXiv 2406.06874: Sections 3.1, 6.1 and 6.2. Equation numbers are the paper's.
 
     python rlhf_baseline.py mujoco --env Hopper-v4
     python rlhf_baseline.py llm
@@ -11,13 +11,13 @@ many steps of SAC (17 to 39 minutes) or PPO (7); prints the true return or the g
 which nothing else reads; writes runs/<run_name>/. `torchrun --nproc-per-node 2 rlhf_baseline.py
 llm` shards language models over processes (FSDP2).
 
-To be a strong baseline it differs from the paper in three ways (benchmark/tuning/rlhf.md), and in
-the numbers marked "paper:" below:
+To be a strong baseline it differs from the paper in three ways (benchmark/tuning/rlhf.md), in r's
+bounds, averaged weights and the numbers marked "paper:" below:
 - Stages 1 and 2 keep what does best on held-out demonstrations and pairs.
 - New critics would undo the cloning in a few hundred updates. A robot's policy is frozen while they
   warm up; the critic of a language model starts as a copy of the reward model.
 - A KL penalty holds the policy near stage 1's, as in (4), on robots too. The paper's robots have
-  SAC's entropy bonus: --kl-coefficient 0 --learning-rate 1e-3, which loses what was cloned.
+  SAC's entropy bonus: --kl-coefficient 0 --learning-rate 1e-3 --demos-in-replay False; worse.
 """
 
 import copy
@@ -142,7 +142,7 @@ class Reward(nn.Module):
 
 def preference_log_likelihood(reward, preferred: Tensor, other: Tensor) -> Tensor:
     """L2, (11): mean log σ(R(τ_w) - R(τ_l)), AIHF's at temperature 1, over pairs of segments,
-    (pairs, steps, obs_dim + act_dim) each, R an undiscounted sum: ()."""
+    (pairs, steps, obs_dim + act_dim) each, R a sum (paper: discounted): ()."""
     return F.logsigmoid((reward(preferred) - reward(other)).sum(-1)).mean()
 
 
@@ -623,7 +623,7 @@ class LlmArgs:
     track: bool = False  # log to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY ...)
 
 
-PRESETS = {  # the paper's models and Table 2; the user's own flags win
+PRESETS = {  # the paper's models, Table 2, where it is silent ours; the user's own flags win
     "imdb": """--model-name-or-path gpt2 --ground-truth-path lvwerra/distilbert-imdb
         --num-demonstrations 0 --num-preferences 0 --sft-learning-rate 1e-5
         --reward-learning-rate 1e-5 --reward-batch-size 128 --kl-coefficient 0.05

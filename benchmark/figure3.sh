@@ -3,7 +3,7 @@
 # Two single-threaded runs side by side (JOBS=2). Stopped or killed, the same command carries on.
 #     bash benchmark/figure3.sh [1|2|3|4|5]     one part only; then: python benchmark/figure3.py
 # 1: RLHF on three robots.  2: what each source of data gives.  3: fewer and worse preferences.
-# 4: RLHF as the paper's robots have it, without a KL penalty to the clone or demonstrations in its replay: plain SAC.
+# 4: RLHF as we read the paper's, without a KL penalty to the clone or demonstrations in its replay: plain SAC.
 # 5: fewer demonstrations, 2 and 4 episodes instead of 10.
 set -euo pipefail
 cd "$(dirname "$0")/.."
