@@ -131,8 +131,8 @@ MAY_BE_ZERO = """seed num_demonstrations num_preferences demo_weight preference_
 
 # ---------------------------------------------------------------- the two levels, in equations
 def reward_losses(r_demos: Tensor, r_policy: Tensor, r_chosen: Tensor, r_rejected: Tensor, args):
-    """Minus the objective of (26), preferences weighted, plus λ's term: what Adam minimises. R of
-    demonstrations τ ~ D, of policies' responses τ' to the same prompts, and of preferred and other
+    """What Adam minimises: minus what has the gradient (26), preferences weighted, plus λ's term. R
+    of demonstrations τ ~ D, of policies' responses τ' to their prompts, and of preferred and other
     sides of pairs (values unused where the weight is 0); all of these and the losses: (rows,)."""
     losses = torch.zeros_like(r_demos)
     if args.demo_weight:
