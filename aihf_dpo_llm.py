@@ -146,7 +146,7 @@ def main() -> None:
             policy.lm.load_state_dict(state["policy"])
         for module in dict.fromkeys([policy, reference, base]):
             shard(module.to(device), device)
-        optimizer = torch.optim.Adam(policy.parameters(), fused=True)  # rate: in each step
+        optimizer = torch.optim.Adam(policy.parameters(), fused=True)  # its rate: in the loop
         if state and not args.evaluate:
             load_optimizer(optimizer, state["optimizer"])
         log = state.get("log", [])  # rows of metrics.csv, one a step from 0

@@ -353,3 +353,8 @@ def test_checkpoint_is_of_this_script_and_holds_no_code(tmp_path):
             read.checkpoint(str(tmp_path), "script.py")
     torch.save({"script": "script.py", "x": torch.ones(2)}, path)
     assert read.checkpoint(str(tmp_path), "script.py")["x"].tolist() == [1, 1]
+
+
+def test_summary_is_of_the_evaluation():
+    row = {"charts/step": 2, "eval/kl": 1, "reward/gap": 3, "eval/gt_score": -0.5}
+    assert read.summary(row) == "kl 1.00, gt_score -0.50"
