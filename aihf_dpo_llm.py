@@ -441,7 +441,7 @@ def save_model(model, tokenizer, folder: Path) -> None:
 def parse_args() -> tuple[Args, dict]:
     """Arguments: the given run's, the preset's, the flags (the last wins); the run's checkpoint."""
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
-    state = read.checkpoint(args.resume or args.evaluate, SCRIPT)
+    state = read.checkpoint(args.evaluate or args.resume, SCRIPT)
     preset = PRESETS[args.preset].split() if args.preset else []
     args = tyro.cli(Args, default=Args(**state.get("args", {})), args=preset + sys.argv[1:])
     read.check_numbers(args, MAY_BE_ZERO)

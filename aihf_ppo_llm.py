@@ -616,7 +616,7 @@ def parse_args() -> tuple[Args, dict]:
     """The run's arguments (--resume, --evaluate) or the defaults, then the preset, then the flags:
     the last wins. And the run's checkpoint, or {}."""
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])  # which preset, which run
-    state = read.checkpoint(args.resume or args.evaluate, SCRIPT)
+    state = read.checkpoint(args.evaluate or args.resume, SCRIPT)
     preset = PRESETS[args.preset].split() if args.preset else []
     args = tyro.cli(Args, default=Args(**state.get("args", {})), args=preset + sys.argv[1:])
     read.check_numbers(args, MAY_BE_ZERO)

@@ -1148,7 +1148,7 @@ def parse_args() -> tuple:
     language = Annotated[LlmArgs, tyro.conf.subcommand("llm")]
     args = tyro.cli(robots | language, description=__doc__.split("\n\n")[0])
     kind, script = type(args), f"{SCRIPT} {sys.argv[1]}"
-    state = read.checkpoint(args.resume or args.evaluate, script)
+    state = read.checkpoint(args.evaluate or args.resume, script)
     preset = PRESETS.get(getattr(args, "preset", ""), "")
     args = tyro.cli(kind, default=kind(**state.get("args", {})), args=preset.split() + sys.argv[2:])
     return args, state

@@ -112,6 +112,25 @@ def test_processes_can_share_the_batches(words, monkeypatch):
     assert module.start_processes(module.parse_args()[0])[1] == processes
 
 
+TRAININGS = (
+    "aihf_sac_mujoco",
+    "aihf_ppo_llm",
+    "aihf_dpo_llm",
+    "rlhf_baseline mujoco",
+    "rlhf_baseline llm",
+)
+
+
+@pytest.mark.parametrize("script", TRAININGS)
+def test_evaluate_beside_resume_reads_the_run_to_evaluate(script, monkeypatch):
+    module, *command = script.split()
+    module, runs = importlib.import_module(module), []
+    monkeypatch.setattr(module.read, "checkpoint", lambda run, _: runs.append(run) or {})
+    monkeypatch.setattr(sys, "argv", ["", *command, "--resume", "one", "--evaluate", "another"])
+    module.parse_args()
+    assert runs == ["another"]
+
+
 def test_unknown_flags_are_noticed():
     """The test above can fail."""
     with pytest.raises(AssertionError, match="no-such-flag"):
