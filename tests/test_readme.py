@@ -216,13 +216,10 @@ def test_results_are_those_of_the_committed_runs():
         for row in csv.DictReader(file):
             if row["seed"] in ("1", "2", "3"):
                 aihf.setdefault(row["env"], {})[row["seed"]] = float(row["return_mean"])
-    for name in ("figure3_runs_earlier.csv", "figure3_runs.csv"):
-        found: dict[tuple, list[float]] = {}
-        with open(ROOT / "benchmark/results" / name, newline="") as file:
-            for row in csv.DictReader(file):
-                if row["variant"] == "default" and row["method"] != "aihf":
-                    found.setdefault((row["env"], row["method"]), []).append(float(row["final"]))
-        finals |= found  # of today's defaults, where there are any
+    with open(ROOT / "benchmark/results/figure3_runs.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["variant"] == "default" and row["method"] != "aihf":
+                finals.setdefault((row["env"], row["method"]), []).append(float(row["final"]))
     finals |= {(env, "aihf"): list(seeds.values()) for env, seeds in aihf.items()}
     last = {}
     with open(ROOT / "benchmark/results/llm.csv", newline="") as file:
