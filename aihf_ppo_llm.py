@@ -99,7 +99,7 @@ class Args:
     runs_dir: str = "runs"  # where run folders go
     run_name: str = ""  # the run's folder; "": from script, seed and time
     resume: str = ""  # a run folder to carry on with its arguments; flags beside it replace them
-    evaluate: str = ""  # a run folder whose policy to evaluate instead of training
+    evaluate: str = ""  # a run folder whose policy to evaluate instead of training; beats --resume
     cuda: bool = True  # use GPUs when there are any
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights are float32
     gradient_checkpointing: bool = False  # activations are computed anew in backward: less memory

@@ -77,7 +77,7 @@ class Args:
     runs_dir: str = "runs"  # where run folders go
     run_name: str = ""  # the run's folder; "": from environment, script, seed and time
     resume: str = ""  # a run folder to carry on with its arguments; flags beside it replace them
-    evaluate: str = ""  # a run folder whose policy to evaluate instead of training
+    evaluate: str = ""  # a run folder whose policy to evaluate instead of training; beats --resume
     compile: bool = True  # compile the SAC update (needs a C++ compiler)
     cuda: bool = True  # use a GPU when there is one; networks this small are often faster on a core
     threads: int = 1  # CPU threads of torch

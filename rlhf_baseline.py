@@ -94,7 +94,7 @@ class MujocoArgs:
     runs_dir: str = "runs"  # where run folders go
     run_name: str = ""  # the run's folder; "": from environment, script, seed and time
     resume: str = ""  # a run folder to carry on with its arguments; flags beside it replace them
-    evaluate: str = ""  # a run folder whose policy to evaluate instead of training
+    evaluate: str = ""  # a run folder whose policy to evaluate instead of training; beats --resume
     compile: bool = True  # compile the SAC update (needs a C++ compiler)
     cuda: bool = True  # use a GPU when there is one; networks this small are often faster on a core
     threads: int = 1  # CPU threads of torch
@@ -615,7 +615,7 @@ class LlmArgs:
     runs_dir: str = "runs"  # where run folders go
     run_name: str = ""  # the run's folder; "": from script, seed and time
     resume: str = ""  # a run folder to carry on with its arguments; flags beside it replace them
-    evaluate: str = ""  # a run folder whose policy to evaluate instead of training
+    evaluate: str = ""  # a run folder whose policy to evaluate instead of training; beats --resume
     cuda: bool = True  # use GPUs when there are any
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights are float32
     gradient_checkpointing: bool = False  # activations are computed anew in backward: less memory

@@ -52,10 +52,9 @@ def collect(runs: Path) -> tuple[list[dict], list[dict]]:
             run, last = {"env": env, "method": which, "seed": seed}, rows[-1]
             best = max(float(row["eval/return_mean"]) for row in rows)
             final = {"sac_steps": last["charts/sac_steps"], "final": last["eval/return_mean"]}
-            final |= {
-                "best": f"{best}",
-                "reward_correlation": last.get("eval/reward_correlation", ""),
-            }
+            final |= {"best": f"{best}"}
+            for metric in ("eval/reward_correlation", "reward/preference_accuracy"):
+                final[metric.split("/")[1]] = last.get(metric, "")
             final["wall_seconds"] = last["charts/wall_seconds"]
             order = {"env": env, "method": which, "variant": variant, "seed": seed}
             finals.append(order | final)
