@@ -53,9 +53,8 @@ def collect(runs: Path) -> tuple[list[dict], list[dict]]:
             best = max(float(row["eval/return_mean"]) for row in rows)
             final = {"sac_steps": last["charts/sac_steps"], "final": last["eval/return_mean"]}
             final |= {"best": f"{best}"}
-            for metric in ("eval/reward_correlation", "reward/preference_accuracy"):
-                final[metric.split("/")[1]] = last.get(metric, "")
-            final["wall_seconds"] = last["charts/wall_seconds"]
+            metrics = "eval/reward_correlation charts/wall_seconds reward/preference_accuracy"
+            final |= {name.split("/")[1]: last.get(name, "") for name in metrics.split()}
             order = {"env": env, "method": which, "variant": variant, "seed": seed}
             finals.append(order | final)
             if variant == "default":
