@@ -9,7 +9,6 @@ prints the tables of benchmark/README.md. Runs that are no longer in runs/ keep 
 earlier defaults gave is in results/figure3_runs_earlier.csv, which nothing here touches.
 """
 
-import json
 from pathlib import Path
 
 import matplotlib
@@ -17,7 +16,8 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from main_job import ENVS, METRICS, ROOT, TIERS, by_steps, evaluations, merge, tiers
+from main_job import ENVS, METRICS, ROOT, by_steps, finished, merge, tiers
+from plot import TIERS
 
 CURVES = ROOT / "benchmark/results/figure3.csv"
 RUNS = ROOT / "benchmark/results/figure3_runs.csv"
@@ -42,8 +42,8 @@ def collect(runs: Path) -> tuple[list[dict], list[dict]]:
         env, method, variant, seed = (
             name if len(name) == 4 else (name[0], "aihf", "default", name[1])
         )
-        rows, args = evaluations(path.parent), json.loads((path.parent / "args.json").read_text())
-        if not rows or float(rows[-1]["charts/sac_steps"]) < args["total_timesteps"]:
+        _, rows = finished(path.parent)
+        if not rows:
             continue
         by_method = {method: [row for row in rows if float(row["charts/sac_steps"]) > 0]}
         if method == "rlhf" and variant.startswith(("default", "demos")):  # its own clone
@@ -73,9 +73,7 @@ def finals_of(finals, env: str, method: str, variant="default", key="final") -> 
 def table(finals: list[dict]) -> str:
     columns = "environment method data runs final final_/_demo best correlation min".split()
     lines = [f"| {' | '.join(columns)} |".replace("_", " "), "|---" * 9 + "|"]
-    variants = sorted(
-        {row["variant"] for row in finals}, key=lambda name: (name != "default", name)
-    )
+    variants = sorted({row["variant"] for row in finals})  # default comes first
     groups = [(env, method, name) for env in ENVS for name in variants for method in COLORS]
     for group in groups:
         final, best, correlation, seconds = (
@@ -127,14 +125,12 @@ def draw_curves(curves: list[dict], envs: list[str], methods: tuple[str, ...], p
 
 def draw_sweeps(finals: list[dict], path: Path) -> None:
     """Final return on Hopper-v4 against the share of the pairs, of flipped labels, and the
-    demonstrated episodes, where more than one size has been run."""
+    demonstrated episodes."""
     sweeps = {
         "share of the preference pairs": {0.1: "share0.1", 0.3: "share0.3", 1.0: "default"},
         "share of flipped labels": {0.0: "default", 0.1: "flip0.1", 0.3: "flip0.3"},
         "demonstrated episodes": {2: "demos2", 4: "demos4", 10: "default"},
     }
-    there = {row["variant"] for row in finals if row["env"] == "Hopper-v4"}
-    sweeps = {x: sweep for x, sweep in sweeps.items() if len(there & {*sweep.values()}) > 1}
     size = (1 + 4 * len(sweeps), 3.8)
     figure, axes = plt.subplots(1, len(sweeps), figsize=size, layout="constrained", squeeze=False)
     for axis, (label, sweep) in zip(axes[0], sweeps.items()):
@@ -163,12 +159,8 @@ if __name__ == "__main__":
     curves = merge(CURVES, new_curves, ("env", "method", "seed"), by_steps)
     finals = merge(RUNS, new_finals, ("env", "method", "variant", "seed"), by_steps)
     print(table(finals))
-    figures, sources = (
-        ROOT / "benchmark/figures",
-        ("aihf", "demonstrations-only", "preferences-only"),
-    )
+    figures = ROOT / "benchmark/figures"
     draw_curves(curves, ENVS, ("aihf", "rlhf", "rlhf-no-kl", "bc"), figures / "figure3.png")
-    if len(finals_of(finals, "Hopper-v4", "preferences-only")):
-        draw_curves(curves, ENVS[:2], (*sources, "bc"), figures / "figure3_sources.png")
-    if any(row["variant"] != "default" for row in finals):
-        draw_sweeps(finals, figures / "figure3_less_data.png")
+    sources = ("aihf", "demonstrations-only", "preferences-only", "bc")
+    draw_curves(curves, ENVS[:2], sources, figures / "figure3_sources.png")
+    draw_sweeps(finals, figures / "figure3_less_data.png")

@@ -9,7 +9,6 @@ the table of benchmark/README.md, and how often the judge orders held-out pairs 
 win rate (ties count half) and `demo` are of the demonstration-SFT model.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -19,8 +18,9 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from llm import COLORS, plus_minus, samples, win_rate
-from main_job import ROOT, evaluations, merge
+from llm import METHODS as LLM_METHODS
+from llm import plus_minus, samples, win_rate
+from main_job import ROOT, finished, merge
 
 sys.path.insert(0, str(ROOT))
 from aihf_ppo_llm import Args, Scorer
@@ -44,13 +44,10 @@ def collect(runs: Path) -> tuple[list[dict], list[dict]]:
     <seed>. RLHF's samples before its first PPO step are those of the initial model."""
     rows, scores = [], []
     for path in sorted(runs.glob("hh__*__*__[0-9]/metrics.csv")):
-        folder, table = path.parent, evaluations(path.parent, "eval/gt_score")
+        folder, (_, table) = path.parent, finished(path.parent)
         _, method, start, seed = folder.name.split("__")
-        steps = json.loads((folder / "args.json").read_text())["ppo_steps"]
-        if not table or float(table[-1]["charts/step"]) < steps:
-            continue
         demo = runs / f"hh__rlhf__demo__{seed}/samples_sft.jsonl"
-        if not demo.exists():
+        if not table or not demo.exists():
             continue
         groups = {method: ("samples.jsonl", table)}
         if method == "rlhf":
@@ -99,7 +96,7 @@ def draw(rows: list[dict], scores: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for start, line in zip(STARTS, ("-", "--")):
         for method in METHODS:
-            style = {"linestyle": line, "color": COLORS[method]}
+            style = {"linestyle": line, "color": LLM_METHODS[method][1]}
             label = f"{start}-SFT" if method == "sft" else f"{METHODS[method]}, from {start}-SFT"
             for run in runs_of(rows, start, method):
                 if method != "sft":

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from llm import ROOT, distinct, plus_minus
+from llm import ROOT, plus_minus
 from main_job import merge
 
 sys.path.insert(0, str(ROOT))
@@ -30,6 +30,13 @@ ROWS, GAMEABLE = ROOT / "benchmark/results/llm_sharpness.csv", ROOT / "runs/game
 KEYS = ("method", "demonstrations", "preferences", "seed", "temperature")
 MEASURES = ("gt_score", "gameable_score", "entropy", "distinct_bigrams", "base_perplexity")
 TEMPERATURES = (1.0, 0.7, 0.5)
+
+
+def distinct(texts: list[str]) -> float:
+    """Share of different ones among the pairs of words that follow each other, over all texts (Li
+    et al. 2016)."""
+    pairs = [pair for text in texts for pair in zip(text.lower().split(), text.lower().split()[1:])]
+    return len(set(pairs)) / len(pairs)
 
 
 def judged(prompts: list[str], responses: list[str], judges: dict) -> dict[str, float]:

@@ -16,6 +16,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from plot import TIERS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark/results/main_job.csv"
@@ -32,13 +33,25 @@ FIT = {  # how well the reward fits both kinds of data, likewise
     "gap": "reward/gap",
 }
 ENVS = ("Hopper-v4", "HalfCheetah-v4", "Walker2d-v4")
-TIERS = {"high": ("demonstrations", "-"), "medium": ("preferred", "--"), "low": ("other", ":")}
 
 
-def evaluations(run: Path, column: str = "eval/return_mean") -> list[dict]:
-    """The rows of a run's metrics.csv that have an evaluation."""
+def finished(run: Path) -> tuple[dict, list[dict]]:
+    """A run's arguments, and the rows of its metrics.csv that have an evaluation: none while it has
+    not finished."""
+    args = json.loads((run / "args.json").read_text())
     with open(run / "metrics.csv", newline="") as file:
-        return [row for row in csv.DictReader(file) if row.get(column)]
+        rows = list(csv.DictReader(file))
+    rows = [row for row in rows if row.get("eval/return_mean") or row.get("eval/gt_score")]
+    name = next(name for name in ("total_timesteps", "ppo_steps", "dpo_steps") if name in args)
+    last = rows and float(rows[-1].get("charts/sac_steps") or rows[-1]["charts/step"])
+    return args, rows if rows and last >= args[name] else []
+
+
+def numbers(row: dict, args: dict) -> dict:
+    """Those of METRICS and FIT; the gap as a share of the width of the reward's range."""
+    found = {name: row[metric] for name, metric in (METRICS | FIT).items()}
+    low, high = args["reward_range"]
+    return found | {"gap": f"{float(found['gap']) / (high - low):.6g}"}
 
 
 def merge(path: Path, new: list[dict], keys: tuple[str, ...], order=lambda row: 0) -> list[dict]:
@@ -68,19 +81,13 @@ def by_steps(row: dict) -> float:
 
 
 def collect(runs: Path) -> list[dict]:
-    """One row for each evaluation of each finished run named main_job__<env>__<seed>; gap is a
-    share of the width of the reward's range."""
+    """One row for each evaluation of each finished run named main_job__<env>__<seed>."""
     rows = []
     for path in sorted(runs.glob("main_job__*__[0-9]/metrics.csv")):
         _, env, seed = path.parent.name.split("__")
-        args, found = json.loads((path.parent / "args.json").read_text()), evaluations(path.parent)
-        if not found or float(found[-1]["charts/sac_steps"]) < args["total_timesteps"]:
-            continue
-        low, high = args["reward_range"]
-        for row in found:
-            numbers = {name: row[metric] for name, metric in (METRICS | FIT).items()}
-            numbers["gap"] = f"{float(numbers['gap']) / (high - low):.6g}"
-            rows.append({"env": env, "method": "aihf", "seed": seed, **numbers})
+        args, found = finished(path.parent)
+        run = {"env": env, "method": "aihf", "seed": seed}
+        rows += [run | numbers(row, args) for row in found]
     return rows
 
 
@@ -127,11 +134,8 @@ def draw(rows: list[dict], path: Path) -> None:
         for axis, title, column in zip(axes[:, i], PANELS, (1, 4, 5, 6)):
             for curve in curves:
                 axis.plot(curve[:, 0], curve[:, column], color="tab:orange", alpha=0.35, lw=1)
-            length = min(map(len, curves), default=0)
-            if length:
-                mean = np.mean([curve[:length] for curve in curves], axis=0)
-                label = f"AIHF, mean of {len(curves)} seeds"
-                axis.plot(mean[:, 0], mean[:, column], color="tab:orange", lw=2, label=label)
+            mean, label = np.mean(curves, axis=0), f"AIHF, mean of {len(curves)} seeds"
+            axis.plot(mean[:, 0], mean[:, column], color="tab:orange", lw=2, label=label)
             axis.set_ylabel(title if i == 0 else "")
         for tier, (name, style) in TIERS.items():
             level = tiers(env)[tier]["return_mean"]

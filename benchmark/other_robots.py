@@ -10,7 +10,7 @@ Runs whose folders are gone keep their rows of the committed csv.
 import json
 from pathlib import Path
 
-from main_job import FIT, METRICS, ROOT, by_steps, evaluations, merge
+from main_job import ROOT, by_steps, finished, merge, numbers
 
 RESULTS = ROOT / "benchmark/results/other_robots.csv"
 
@@ -21,22 +21,17 @@ def collect(runs: Path) -> list[dict]:
     rows = []
     for path in sorted(runs.glob("other_robots__*__1/metrics.csv")):
         folder = path.parent
-        args, found = json.loads((folder / "args.json").read_text()), evaluations(folder)
+        args, found = finished(folder)
         manifest = runs / f"other_robots_data__{args['env']}/manifest.json"
-        if not found or float(found[-1]["charts/sac_steps"]) < args["total_timesteps"]:
-            continue
-        if not manifest.exists():
+        if not found or not manifest.exists():
             continue
         manifest = json.loads(manifest.read_text())
         data = {"expert_steps": manifest["arguments"]["total_timesteps"]}
         data["random"] = f"{manifest['random_return']:.6g}"
-        for tier, numbers in manifest["tiers"].items():
-            data[tier] = f"{numbers['return_mean']:.6g}"
-        low, high = args["reward_range"]
-        for row in found:
-            numbers = {name: row[metric] for name, metric in (METRICS | FIT).items()}
-            numbers["gap"] = f"{float(numbers['gap']) / (high - low):.6g}"
-            rows.append({"env": args["env"], "seed": str(args["seed"])} | data | numbers)
+        for tier, of in manifest["tiers"].items():
+            data[tier] = f"{of['return_mean']:.6g}"
+        run = {"env": args["env"], "seed": str(args["seed"])} | data
+        rows += [run | numbers(row, args) for row in found]
     return rows
 
 

@@ -230,11 +230,14 @@ def test_language_models_win_rate_is_over_sft(tmp_path):
             if (method, name) != ("dpo", "samples_sft"):
                 (run / f"{name}.jsonl").write_text("\n".join(lines))
     rows, scores = llm.collect(tmp_path)
-    of = {(row["figure"], row["method"], row["policy_steps"]): row["win_rate"] for row in rows}
-    assert of["6", "dpo", "60"] == of["6", "rlhf", "60"] == "0.625" and of["6", "dpo", "0"] == ""
-    assert (
-        of["6", "sft", "0"] == "0.5" and ("7", "dpo", "60") not in of and ("10", "dpo", "60") in of
-    )
+    of = {(row["method"], row["policy_steps"]): row["win_rate"] for row in rows}
+    assert of == {
+        ("dpo", "0"): "",
+        ("dpo", "60"): "0.625",
+        ("rlhf", "0"): "",
+        ("rlhf", "60"): "0.625",
+        ("sft", "0"): "0.5",
+    }
     assert len(scores) == 8 and scores[0]["response"] == "a b" and scores[1]["gt_score"] == "2"
     for name, table in (("llm", rows), ("llm_scores", scores)):
         with open(ROOT / f"benchmark/results/{name}.csv") as file:
@@ -355,21 +358,25 @@ def test_a_sharper_policy_has_less_entropy():
     assert alone == pytest.approx(loss.exp().item(), rel=1e-4) and found != alone
 
 
-def test_equal_kl_and_falls(tmp_path):
+def test_equal_kl_and_falls(tmp_path, monkeypatch):
     """No number where RLHF never was; a fall before the best evaluation is one too."""
     import llm
 
     def rows(method: str, *points: tuple[float, float]) -> list[dict]:
-        run = dict(zip(llm.KEYS, ("6", method, "9", "9", "1"))) | dict.fromkeys(llm.METRICS, "0")
+        run = dict(zip(llm.KEYS, (method, "9", "1000flip0.2", "1"))) | dict.fromkeys(llm.METRICS)
+        run |= {"win_rate": "0.5", "correlation": "-0.1", "seconds": "90"}
         return [run | {"kl": str(kl), "gt_score": str(score)} for kl, score in points]
 
-    size, aihf = ("9", "9"), rows("aihf-ppo", (0, 0), (1, 3), (2, 1), (3, 4), (4, 3.5))
-    for far, expected in ((5, "4.0 nats 3.50 / 1.60"), (3, "4.0 nats 3.50 / nan")):
-        found = llm.at_equal_kl([*aihf, *rows("rlhf", (0, 0), (far, 2), (1, 9))], "6", size)
-        assert expected in found
     scores = {"base": {"mean": 1}, "early": {"mean": 2}, "expert": {"mean": 5}}
     (tmp_path / "manifest.json").write_text(json.dumps({"checkpoints": scores}))
-    assert "seed 1 50%" in llm.stability(aihf, "6", "aihf-ppo", size, tmp_path)
+    monkeypatch.setattr(llm, "ASSETS", tmp_path)
+    aihf = rows("aihf-ppo", (0, 0), (1, 3), (2, 1), (3, 4), (4, 3.5))
+    for far, lead in ((5, "+1.90"), (3, "?")):
+        found = [*aihf, *rows("rlhf", (0, 0), (far, 2), (1, 9))]
+        lines = llm.table(found, [("9", "1000flip0.2")]).splitlines()
+        cells = "3.50 | 4.00 | 4.0 | 50 % | −0.10 | 50 %"
+        data = "9 demonstrations, 20 % of labels flipped"
+        assert lines[3] == f"| {data} | AIHF, PPO | {cells} | {lead} | 1.5 |" and len(lines) == 4
 
 
 def test_committed_results_give_the_tables_of_the_readme(tmp_path):
@@ -387,10 +394,11 @@ def test_committed_results_give_the_tables_of_the_readme(tmp_path):
     with open(hh.RESULTS, newline="") as file:
         rows = list(csv.DictReader(file))
     assert hh.table(rows) in (ROOT / "benchmark/README.md").read_text()
-    with open(llm.RESULTS / "llm.csv", newline="") as file:
-        table = llm.table(list(csv.DictReader(file)), "6")
-    for shown in ("1.69 ± 0.04 | 1.72 ± 0.02 | 16.0 ± 1.5 | 74% ± 2% | 9.9 |", "81% ± 3% | 7.0 |"):
-        assert shown in table and shown in (ROOT / "benchmark/README.md").read_text()
+    for name in ("llm", "smollm2"):
+        with open(llm.RESULTS / f"{name}.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        for sizes in ([llm.MAIN], llm.SIZES if name == "llm" else []):
+            assert llm.table(rows, sizes, name) in (ROOT / "benchmark/README.md").read_text()
 
 
 def test_every_return_of_a_trial_is_committed():
