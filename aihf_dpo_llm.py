@@ -209,14 +209,13 @@ def main() -> None:
         track(row, step=step + 1)
 
         # =========================================================================== CHECKPOINT
-        if finished:  # before the checkpoint: a run killed in between writes it again
-            save_model(policy.lm, policy.tokenizer, run_dir / "policy")
         if (step + 1) % args.checkpoint_every == 0 or finished:
             state = {"script": SCRIPT, "args": asdict(args), "data_hash": data_hash, "log": log}
             state["policy"] = whole(policy.lm.state_dict())
             state["optimizer"] = whole(optimizer.state_dict())
             read.write_csv(run_dir / "metrics.csv", log)
             read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
+    save_model(policy.lm, policy.tokenizer, run_dir / "policy")  # if a run is killed here: --resume
     if read.writes():
         print(f"final: {read.summary(log[-1])}; python benchmark/plot.py {run_dir} draws it")
     if dist.is_initialized():
@@ -335,6 +334,15 @@ def load_judge(name: str, args: Args, device: torch.device):
     return model.requires_grad_(False).to(device), tokenizer
 
 
+def judge_scores(model, tokenizer, texts: list[str]) -> Tensor:
+    """The ground truth of texts, of two outputs their difference: (texts,). None is padded."""
+    begin = read.special_tokens(tokenizer)[0]  # once, also where a text spells it out
+    rows = [ids[len(begin) :] for ids in tokenizer(texts, truncation=True)["input_ids"]]
+    rows = [[begin + read.without_prefix(ids, begin)] for ids in rows]
+    logits = torch.cat([model(torch.tensor(ids, device=model.device)).logits for ids in rows])
+    return logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0.0)
+
+
 # --------------------------------------------------------- several processes (torchrun), or one
 # Process i of n holds rows i, i + n ... of every batch and a share of every policy (FSDP2).
 # Gradients are summed: losses are divided by the whole batch. All do equally many forward passes.
@@ -412,12 +420,8 @@ def evaluate(models, held_out, args: Args, run_dir: Path, step: int) -> dict[str
     scores["kl_base"] = (log_probs - base.score(rows)).cpu()
     scores["kl"] = (log_probs - reference.score(rows)).cpu()
     if judge:
-        model, tokenizer = judge
         texts = share([x + y for x, y in zip(prompts, responses)])
-        ids = [tokenizer(text, truncation=True, return_tensors="pt")["input_ids"] for text in texts]
-        logits = gather(torch.cat([model(one.to(model.device)).logits for one in ids])).cpu()
-        truth = logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits[:, 0]
-        scores["gt_score"] = truth
+        scores["gt_score"] = truth = gather(judge_scores(*judge, texts)).cpu()
         row["eval/gt_score_std"] = truth.std().item()
         if step:  # r = β log π/π⁰ is 0 at the start; β does not change ranks
             ranks = torch.stack([scores["kl"], truth]).argsort().argsort().double()

@@ -206,7 +206,7 @@ def main() -> None:
         pairs = []
         if args.preference_weight:
             pairs = read.rows(args.preferences, "prompt chosen rejected", args.num_preferences)
-            policy.texts.check_pairs(pairs, args.preferences)
+            pairs = policy.texts.pairs(pairs, args.preferences)
         prompts = [prompt for (prompt,) in read.rows(args.prompts, "prompt")]
         prompt_ids, n = policy.texts.prompts(prompts, args.prompts), args.eval_prompts
         if len(prompts) <= n:
@@ -349,9 +349,6 @@ def main() -> None:
         track(row, step=step + 1)
 
         # =========================================================================== CHECKPOINT
-        if finished:  # before the checkpoint: a run killed here makes them again
-            save_model(policy.lm, policy.tokenizer, run_dir / "policy")
-            save_model(reward.model, reward.tokenizer, run_dir / "reward")
         if (step + 1) % args.checkpoint_every == 0 or finished:
             state = {"script": SCRIPT, "args": asdict(args), "data_hash": data_hash, "log": log}
             state["memory"] = memory
@@ -360,6 +357,8 @@ def main() -> None:
                 state[f"{name}_optimizer"] = whole(optimizers[name].state_dict())
             read.write_csv(run_dir / "metrics.csv", log)
             read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
+    save_model(reward.model, reward.tokenizer, run_dir / "reward")
+    save_model(policy.lm, policy.tokenizer, run_dir / "policy")  # if a run is killed here: --resume
     if read.writes():
         print(f"final: {read.summary(log[-1])}; python benchmark/plot.py {run_dir} draws it")
     if dist.is_initialized():
@@ -489,7 +488,8 @@ class Scorer(nn.Module):
     def score(self, texts: list[str]) -> Tensor:
         """R of texts: (texts,); of a text that is too long the end is read."""
         rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        rows = [self.prefix + row[-self.limit :] + self.suffix or [0] for row in rows]
+        rows = [read.without_prefix(row, self.prefix)[-self.limit :] for row in rows]
+        rows = [self.prefix + row + self.suffix or [0] for row in rows]
         ids, mask = (x.to(self.offset.device) for x in read.pad(rows))
         return self(ids, mask).gather(1, mask.sum(-1, keepdim=True) - 1).squeeze(-1)
 

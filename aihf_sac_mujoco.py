@@ -364,9 +364,8 @@ class Critics(nn.Module):
 def init_sac(actor: Actor, critics: Critics, beta: float) -> dict[str, dict[str, Tensor]]:
     """All that an update changes, in place: {"actor": {name: parameter}, ...}, in the memory of
     actor and critics, which so stay current; Adam's moments, target networks and log β."""
-    sac = {"actor": dict(actor.named_parameters()), "critics": dict(critics.named_parameters())}
+    sac = {"actor": dict(actor.state_dict()), "critics": dict(critics.state_dict())}  # detached
     sac["beta"] = {"log": torch.tensor(math.log(beta), device=actor.net[0].weight.device)}
-    sac = {net: {key: p.detach() for key, p in params.items()} for net, params in sac.items()}
     for net in list(sac):  # Adam's moments
         for moment in ("mean", "square"):
             sac[f"{net}_{moment}"] = {key: torch.zeros_like(p) for key, p in sac[net].items()}
@@ -430,6 +429,7 @@ def compile_update(update, sac: dict, obs_dim: int, act_dim: int, n: int):
     shapes = [(), (n, obs_dim), (n, act_dim), (n,), (n, obs_dim), (n,), (2, n, act_dim)]
     inputs = [torch.zeros(shape, device=sac["beta"]["log"].device) for shape in shapes]
     options = {"cpp_wrapper": inputs[0].is_cpu, "guard_filter_fn": lambda g: [False] * len(g)}
+    torch._dynamo.reset()  # without guards the code of an earlier update would do for this one
     compiled = torch.compile(update, fullgraph=True, dynamic=False, options=options)
     print("compiling the SAC update: a minute the first time", flush=True)
     try:

@@ -432,9 +432,8 @@ class Critics(nn.Module):
 def init_sac(actor: Actor, critics: Critics, beta: float) -> dict[str, dict[str, Tensor]]:
     """All that an update changes, in place: {"actor": {name: parameter}, ...}, in the memory of
     actor and critics, which so stay current; Adam's moments, target networks and log β."""
-    sac = {"actor": dict(actor.named_parameters()), "critics": dict(critics.named_parameters())}
+    sac = {"actor": dict(actor.state_dict()), "critics": dict(critics.state_dict())}  # detached
     sac["beta"] = {"log": torch.tensor(math.log(beta), device=actor.net[0].weight.device)}
-    sac = {net: {key: p.detach() for key, p in params.items()} for net, params in sac.items()}
     for net in list(sac):  # Adam's moments
         for moment in ("mean", "square"):
             sac[f"{net}_{moment}"] = {key: torch.zeros_like(p) for key, p in sac[net].items()}
@@ -508,6 +507,7 @@ def compile_update(update, sac: dict, obs_dim: int, act_dim: int, n: int):
     shapes = [(), (n, obs_dim), (n, act_dim), (n,), (n, obs_dim), (n,), (2, n, act_dim)]
     inputs = [torch.zeros(shape, device=sac["beta"]["log"].device) for shape in shapes]
     options = {"cpp_wrapper": inputs[0].is_cpu, "guard_filter_fn": lambda g: [False] * len(g)}
+    torch._dynamo.reset()  # without guards the code of an earlier update would do for this one
     compiled = torch.compile(update, fullgraph=True, dynamic=False, options=options)
     print("compiling the SAC update: a minute the first time", flush=True)
     try:
@@ -724,7 +724,7 @@ def llm(args: LlmArgs, state: dict) -> None:
             completions = policy.texts.responses(demos, args.demonstrations, args.append_eos)
         if not reward.has_head:
             pairs = read.rows(args.preferences, "prompt chosen rejected", args.num_preferences)
-            policy.texts.check_pairs(pairs, args.preferences)
+            pairs = policy.texts.pairs(pairs, args.preferences)
         prompts = [prompt for (prompt,) in read.rows(args.prompts, "prompt")]
         prompt_ids, n = policy.texts.prompts(prompts, args.prompts), args.eval_prompts
         if len(prompts) <= n:
@@ -883,9 +883,8 @@ def llm(args: LlmArgs, state: dict) -> None:
         finished = step + 1 == args.ppo_steps
         if (step + 1) % args.eval_every == 0 or finished:
             row |= evaluation(step + 1)
-        if finished:  # before the checkpoint: a run killed in between writes it again
-            save_model(policy.lm, policy.tokenizer, run_dir / "policy")
         record(step + 1, row, started, save=(step + 1) % args.checkpoint_every == 0 or finished)
+    save_model(policy.lm, policy.tokenizer, run_dir / "policy")  # if a run is killed here: --resume
     if read.writes():
         print(f"final: {read.summary(log[-1])}; python benchmark/plot.py {run_dir} draws it")
     if dist.is_initialized():
@@ -1015,7 +1014,8 @@ class Scorer(nn.Module):
     def score(self, texts: list[str]) -> Tensor:
         """R of texts: (texts,); of a text that is too long the end is read."""
         rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        rows = [self.prefix + row[-self.limit :] + self.suffix or [0] for row in rows]
+        rows = [read.without_prefix(row, self.prefix)[-self.limit :] for row in rows]
+        rows = [self.prefix + row + self.suffix or [0] for row in rows]
         ids, mask = (x.to(self.offset.device) for x in read.pad(rows))
         return self(ids, mask).gather(1, mask.sum(-1, keepdim=True) - 1).squeeze(-1)
 

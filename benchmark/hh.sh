@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 
 train() { # name script flags ...
   local folder=runs/$1 script=$2
-  [ -e "$folder/policy" ] && [ "$folder/checkpoint.pt" -nt "$folder/policy" ] && return # finished
+  [ "$folder/policy" -nt "$folder/checkpoint.pt" ] && return # finished
   if [ -e "$folder/checkpoint.pt" ]; then
     python $script --resume "$folder" --threads 1
   else

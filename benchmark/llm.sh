@@ -46,8 +46,8 @@ run() { # method demonstrations preferences seed
     aihf-ppo*) script=aihf_ppo_llm.py ;;
     *) script=aihf_dpo_llm.py ;;
   esac
-  if [ -e "runs/$name/policy" ] && [ "runs/$name/checkpoint.pt" -nt "runs/$name/policy" ]; then
-    return # finished: the checkpoint is written last
+  if [ "runs/$name/policy" -nt "runs/$name/checkpoint.pt" ]; then
+    return # finished: the policy is written last
   elif [ -e "runs/$name/checkpoint.pt" ]; then
     python $script --resume "runs/$name" --threads 1
   else

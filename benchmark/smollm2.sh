@@ -22,7 +22,7 @@ mkdir -p runs
 
 run() { # method seed
   local name=smollm2__$1__1000__1000__$2 script=aihf_ppo_llm.py given=(--resume "runs/smollm2__$1__1000__1000__$2")
-  [ -e "runs/$name/policy" ] && [ "runs/$name/checkpoint.pt" -nt "runs/$name/policy" ] && return # finished
+  [ "runs/$name/policy" -nt "runs/$name/checkpoint.pt" ] && return # finished
   case $1 in
     rlhf) script="rlhf_baseline.py llm" ;;
     *dpo) script=aihf_dpo_llm.py ;;

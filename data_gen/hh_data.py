@@ -10,8 +10,8 @@ scores every chosen response with a reward model (6.2) and writes, as JSON lines
     manifest.json           what made them: command, versions, counts, scores, SHA-256 of files
 
 A prompt is the dialogue up to and including its last "\\n\\nAssistant:"; with the response it is
-the whole dialogue. `--split test --demonstrations 0 --preferences 0` makes evaluation prompts and
-needs no reward model. The scoring can be interrupted: the same command carries on.
+the whole dialogue. `--split test --demonstrations 0 --preferences 0 --output-dir runs/hh_eval`
+makes evaluation prompts, without a reward model. Interrupted scoring: the same command carries on.
 
 The paper ranks with PKU-Alignment/beaver-7b-v3.0-reward, whose architecture transformers does not
 have; any sequence-classification model of transformers' own can be given (no remote code).

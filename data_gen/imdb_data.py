@@ -539,7 +539,7 @@ def tiers(args: Tiers, device: torch.device, output_dir: Path, work_dir: Path) -
     asked = prompts[ends[0] : ends[1]]
     for step, folder in policies.items():
         policy = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
-        policy.to(device).eval()
+        policy.float().to(device).eval()
         texts = []
         for start in tqdm(range(0, len(asked), 100), desc=f"3/4 responses after {step} PPO steps"):
             batch, seed = asked[start : start + 100], [args.seed, step, start]

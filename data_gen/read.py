@@ -72,6 +72,9 @@ def check_finite(step: int, run_dir: Path, **tensors) -> None:
 
 
 # -------------------------------------------------------------------------------- run folders
+FIXED = "seed run_name runs_dir held_out_share sft_model_path reward_model_path".split()
+
+
 def writes() -> bool:
     """Of the processes that train a model together the first alone writes and prints."""
     return not dist.is_initialized() or dist.get_rank() == 0
@@ -138,12 +141,16 @@ def open_run(args, script: str) -> Path:
     """The folder runs_dir/run_name, new or without a checkpoint, or resume's, with args.json. From
     here on this process alone writes there (of several that make up a run, the first). Ctrl-C says
     how to carry on and exits with 130; so do SIGTERM, with 143, and an error's traceback: the other
-    processes of a torchrun end by either when one has died. ValueError if another run is there."""
+    processes of a torchrun end by either when one has died. ValueError if another run is there, or
+    if a flag beside --resume would change what the run is."""
     import fcntl
 
     if args.run_name in (".", "..") or Path(args.run_name).name != args.run_name:
         raise ValueError(f"--run-name {args.run_name!r} must be a plain name; see --runs-dir")
     folder = Path(args.resume or Path(args.runs_dir) / args.run_name)
+    before = json.loads((folder / "args.json").read_text()) if args.resume else {}
+    for name in [name for name in FIXED if name in before and before[name] != getattr(args, name)]:
+        raise ValueError(f"--{name.replace('_', '-')} of a run that goes on is {before[name]!r}")
 
     def say_how_to_carry_on() -> None:
         saved = (folder / "checkpoint.pt").exists()
@@ -356,6 +363,11 @@ def special_tokens(tokenizer) -> tuple[list[int], list[int]]:
     return ids[:begin], ids[begin + len(plain) :]
 
 
+def without_prefix(ids: list[int], prefix: list[int]) -> list[int]:
+    """Ids without what begins every text, if the text spells it out."""
+    return ids[len(prefix) :] if ids[: len(prefix)] == prefix else ids
+
+
 class Texts:
     """A policy's tokenizer: texts to ids and back, so that a response is read as it was written.
     Lists of ids are cut and completed here; the tokenizer stays as it is."""
@@ -377,7 +389,7 @@ class Texts:
     def prompts(self, prompts: list[str], name: str) -> list[list[int]]:
         """What the policy reads: what begins every text, and the last tokens of the prompts."""
         n, found = len(self.prefix), self.ids(prompts, name)
-        found = [ids[n:] if n and ids[:n] == self.prefix else ids for ids in found]
+        found = [without_prefix(ids, self.prefix) for ids in found]
         return [self.prefix + ids[max(0, len(ids) + n - self.max_prompt_length) :] for ids in found]
 
     def responses(self, rows: list[tuple[str, str]], name: str, append_eos=False) -> list:
@@ -391,13 +403,17 @@ class Texts:
         found, end = [x or y for x, y in zip(found, own)], [self.eos_id] * append_eos
         return [(y if y[-1:] == end else y + end)[: self.response_length] for y in found]
 
-    def check_pairs(self, pairs: list[tuple[str, str, str]], name: str) -> None:
-        """Both sides of every pair have tokens; says how many pairs are of equal responses."""
+    def pairs(self, pairs: list[tuple[str, str, str]], name: str) -> list[tuple[str, str, str]]:
+        """The pairs, their responses without special tokens that they spell out, as `decode` gives
+        other responses, but with some token; says how many pairs are of equal responses."""
+        special = "|".join(map(re.escape, self.tokenizer.all_special_tokens))
+        pairs = [(x, re.sub(special, "", y), re.sub(special, "", z)) for x, y, z in pairs]
         for column in zip(*pairs):
             self.ids(column, name)
         equal = sum(chosen == rejected for _, chosen, rejected in pairs)
         if equal and writes():
             print(f"{name}: {equal} of {len(pairs)} pairs have equal responses and teach nothing")
+        return pairs
 
     def decode(self, prompts: list[list[int]], responses: list[list[int]]) -> list[str]:
         """The responses' texts: prompt and response decoded together, without the prompt."""

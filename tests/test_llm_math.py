@@ -704,6 +704,11 @@ def test_scores_are_the_classifiers(tmp_path, script, kind, labels):
     )
     torch.testing.assert_close(long[0], long[1])
     assert (long[0] - long[2]).abs() > 1e-3
+    torch.testing.assert_close(scorer.score([f"<s> {text}" for text in TEXTS]), scorer.score(TEXTS))
+    model, tokenizer = dpo.load_judge(name, arguments(dpo), torch.device("cpu"))
+    for begin in ("", "<s> "):  # what begins every text is read once, also where it is spelled out
+        found = dpo.judge_scores(model, tokenizer, [begin + text for text in TEXTS])
+        torch.testing.assert_close(found, scores + 0.25, atol=1e-4, rtol=1e-4)
     if kind != "DistilBert":
         rows = [[BOS, 5, PAD, 7], [8, 9]]
         left, right = read.pad(rows, left=True), read.pad(rows)
@@ -816,6 +821,14 @@ def test_texts_are_cut_as_lists_of_ids():
     ]
 
 
+def test_responses_of_pairs_spell_out_no_special_token(capsys):
+    """The reward reads no other responses with one."""
+    texts = texts_of(word_tokenizer(VOCABULARY))
+    rows = [("a", " film</s>", " plot"), ("<s> a", " film", "</s> film")]
+    assert texts.pairs(rows, "x") == [("a", " film", " plot"), ("<s> a", " film", " film")]
+    assert "x: 1 of 2 pairs" in capsys.readouterr().out
+
+
 def test_a_text_of_no_token():
     tokenizer = word_tokenizer(VOCABULARY)
     tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("☃", "")
@@ -824,8 +837,9 @@ def test_a_text_of_no_token():
     for call in (
         lambda: texts.prompts(["a", "☃"], "x.jsonl"),
         lambda: texts.responses(rows, "x.jsonl"),
-        lambda: texts.check_pairs([(x, x, y) for x, y in rows], "x.jsonl"),
-        lambda: texts.check_pairs([(x, y, x) for x, y in rows], "x.jsonl"),
+        lambda: texts.pairs([(x, x, y) for x, y in rows], "x.jsonl"),
+        lambda: texts.pairs([(x, y, x) for x, y in rows], "x.jsonl"),
+        lambda: texts.pairs([("a", "a", "a"), ("a", "a", "</s>")], "x.jsonl"),
     ):
         with pytest.raises(ValueError, match="x.jsonl row 2"):
             call()
