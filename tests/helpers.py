@@ -18,6 +18,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,8 +137,17 @@ def assert_one_line_error(result: tuple[int, str, str], *fragments: str, code: i
 
 def metrics(folder: Path) -> list[dict]:
     """metrics.csv as it reads."""
-    with open(folder / "metrics.csv", newline="") as file:
+    return read_csv(folder / "metrics.csv")
+
+
+def read_csv(path: Path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -160,14 +170,6 @@ def leaves(value, name: str = "") -> dict[str, object]:
         return {name: value}
     named = (leaves(part, f"{name}.{key}" if name else str(key)) for key, part in parts)
     return {key: leaf for part in named for key, leaf in part.items()}
-
-
-def evaluates_the_mean(script: ModuleType, argv: list, cwd: Path, state: dict) -> bool:
-    """Whether the policy that a finished run evaluates last is that of averaged weights."""
-    with mock.patch.object(script, "evaluate", wraps=script.evaluate) as evaluate:
-        assert run_script(script, argv, cwd)[0] == 0
-    played, mean = evaluate.call_args.args[1].state_dict(), state["averaged"]
-    return all((mean[f"module.{name}"] == p).all() for name, p in played.items())
 
 
 def compare_checkpoints(a: Path | dict, b: Path | dict, without: tuple = ("args",)) -> list[str]:
@@ -236,18 +238,21 @@ def lie(monkeypatch) -> None:
 
 def save_arrays(path: Path, **arrays) -> None:
     """Rewrite an episode file with these arrays in it, or without those that are None."""
-    with np.load(path) as file:
-        arrays = {**file, **arrays}
+    arrays = read_arrays(path) | arrays
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
 
 
-def make_robot_data(
-    folder: Path, seed: int, env_id: str = "helpers:Drift-v0", length: int = 4
-) -> Path:
+def falling_data(folder: Path) -> Path:
+    """make_robot_data's, but with demonstrations that fall, so that a clone does."""
+    falling, drift = (make_robot_data(folder / f"seed{seed}", seed) for seed in (1, 0))
+    return Path(shutil.copy(falling / "low.npz", drift / "high.npz")).parent
+
+
+def make_robot_data(folder: Path, seed: int) -> Path:
     """low, medium and high.npz of half-random policies, the latter pushing up the more, and
-    pairs.csv of 40 segments of `length` + 2 steps, medium preferred."""
+    pairs.csv of 40 segments of 6 steps, medium preferred."""
     folder.mkdir(parents=True)
-    env = gym.make(env_id, max_episode_steps=14, disable_env_checker=True)
+    env = gym.make("helpers:Drift-v0", max_episode_steps=14, disable_env_checker=True)
     rng, lengths = np.random.default_rng(seed), {}
     middle, half = (env.action_space.high + x * env.action_space.low for x in (1, -1))
     for tier, push in (("low", -0.5), ("medium", 0.2), ("high", 0.6)):
@@ -265,7 +270,7 @@ def make_robot_data(
                 done, truncated = terminated or truncated, truncated and not terminated
                 for name, value in zip(arrays, (obs, action, reward, terminated, truncated)):
                     episode[name].append(value)
-            if len(episode["actions"]) >= length + 2:
+            if len(episode["actions"]) >= 6:
                 lengths[tier].append(len(episode["actions"]))
                 arrays = {name: arrays[name] + episode[name] for name in arrays}
         flags = {"terminations": bool, "truncations": bool}
@@ -276,8 +281,8 @@ def make_robot_data(
         sides = []
         for tier in ("medium", "low"):
             episode = int(rng.integers(6))
-            start = rng.integers(lengths[tier][episode] - length - 1)
-            sides.append(f"{tier},{episode},{start},{length + 2}")
+            start = rng.integers(lengths[tier][episode] - 5)
+            sides.append(f"{tier},{episode},{start},6")
         lines.append(",".join([*(sides if number % 2 else sides[::-1]), str(number % 2)]))
     (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
     return folder
