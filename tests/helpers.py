@@ -106,7 +106,7 @@ original = getattr(owner, name)
 def counting(*args, **kwargs):
     global calls
     calls += 1
-    if calls == int(call):
+    if calls == int(call) and os.environ.get("RANK") == os.environ.get("DIES"):  # none: one process
         os.kill(os.getpid(), int(number))
     return original(*args, **kwargs)
 setattr(owner, name, counting)

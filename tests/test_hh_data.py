@@ -11,13 +11,12 @@ import os
 from pathlib import Path
 
 import helpers
+import hh_data
+import imdb_data
 import numpy as np
 import pytest
 import torch
-
-transformers = pytest.importorskip("transformers")
-import hh_data  # noqa: E402
-import imdb_data  # noqa: E402
+import transformers
 
 WORDS = "please help me cook a good soup with rice or beans and tell why".split()
 TIERS = ("demonstrations", "preferences", "prompts")

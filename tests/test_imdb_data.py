@@ -14,14 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import helpers
+import imdb_data
 import numpy as np
 import pytest
 import torch
+import transformers
 
-transformers = pytest.importorskip("transformers")
-import imdb_data  # noqa: E402
-
-from data_gen import read  # noqa: E402
+from data_gen import read
 
 ASSETS = helpers.ROOT / "data_gen" / "assets" / "imdb"
 FLAGS = {  # of each subcommand
@@ -205,16 +204,6 @@ def test_a_judge_learns_what_spoiled_texts_are(tmp_path, data, model):
         accuracy[share] = heldout["spoiled_40_tokens"]["accuracy"]
         assert heldout["full"]["accuracy"] > 0.85
     assert accuracy[0.3] > accuracy[0.0] + 0.2, accuracy
-
-
-def test_padding_does_not_change_the_score(judge):
-    network = transformers.AutoModelForSequenceClassification.from_pretrained(judge).eval()
-    rows = [np.array([5, 6, 7, 8]), np.array([9, 10])]
-    together = imdb_data.scores(network, rows, 32, ([], []))
-    alone = [imdb_data.scores(network, [row], 32, ([], []))[0] for row in rows]
-    np.testing.assert_allclose(together, alone, atol=1e-5)
-    cut = imdb_data.scores(network, rows[:1], 2, ([], []))
-    np.testing.assert_allclose(cut, imdb_data.scores(network, [rows[0][:2]], 9, ([], [])))
 
 
 def test_an_encoder_can_be_the_judge(tmp_path, data):

@@ -17,16 +17,15 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+import transformers
 from helpers import load, run_script
 
-transformers = pytest.importorskip("transformers")
-import tokenizers  # noqa: E402
-
-import aihf_dpo_llm as dpo  # noqa: E402
-import aihf_ppo_llm as ppo  # noqa: E402
-import rlhf_baseline as rlhf  # noqa: E402
-from data_gen import read  # noqa: E402
+import aihf_dpo_llm as dpo
+import aihf_ppo_llm as ppo
+import rlhf_baseline as rlhf
+from data_gen import read
 
 PAD, BOS, EOS = 0, 1, 2
 WORDS = "a film plot actor scene story camera music end role great awful".split()
@@ -328,15 +327,15 @@ def evaluated(nets: dict, prompts: list[str], flags: dict, vocabulary, learned=T
     return row
 
 
-def reference_ppo_step(nets, prompts, indices, uniform, rates, flags, vocabulary) -> dict:
-    """The lower level on these prompts, by PPO or ReMax: what it logs."""
-    words, temperature, is_ppo = (
-        Words(flags),
-        flags["temperature"],
-        flags["policy_optimizer"] == "ppo",
-    )
-    policy, value, batch = nets["policy"], nets["value"], []
-    for i, u in zip(indices, uniform):
+def reference_ppo_step(nets, prompts, held_out, step, seeds, anneal, flags, vocabulary) -> dict:
+    """Step `step` of the lower level, by PPO or ReMax: what it logs."""
+    words, temperature, size = Words(flags), flags["temperature"], flags["batch_size"]
+    is_ppo, policy, value = flags["policy_optimizer"] == "ppo", nets["policy"], nets["value"]
+    left, batch = 1 - step / flags["ppo_steps"] if anneal else 1, []
+    rates = {"policy": flags["learning_rate"], "value": flags["value_learning_rate"]}
+    indices = drawn(len(prompts), size, step, flags["seed"], seeds[0])
+    uniform = np.random.default_rng([flags["seed"], seeds[1], step])
+    for i, u in zip(indices, uniform.random((size, flags["response_length"]))):
         x = words.prompt(prompts[i])
         y = policy.sample(x, u, temperature)
         with torch.no_grad():
@@ -392,10 +391,13 @@ def reference_ppo_step(nets, prompts, indices, uniform, rates, flags, vocabulary
                     terms["clip_fraction"].append(((ratio - 1).abs() > flags["clip"]).double())
             means = {name: sum(values) / len(values) for name, values in terms.items()}
             for name in ("policy", "value") if is_ppo else ("policy",):
-                nets[name].descend(means[name], rates[name], flags["max_grad_norm"])
+                nets[name].descend(means[name], rates[name] * left, flags["max_grad_norm"])
             statistics.append({name: mean.item() for name, mean in means.items()})
     for name in ("policy", "value", "approx_kl", "clip_fraction"):
         log[f"losses/{name}"] = np.mean([row[name] for row in statistics])
+    log |= {"charts/step": step + 1, "charts/episodes": (step + 1) * flags["batch_size"]}
+    if (step + 1) % flags["eval_every"] == 0 or step + 1 == flags["ppo_steps"]:
+        log |= evaluated(nets, held_out, flags, vocabulary)
     return log
 
 
@@ -588,8 +590,8 @@ def numbers(uniform: np.ndarray) -> types.SimpleNamespace:
     return types.SimpleNamespace(random=uniform.reshape)
 
 
-def sampled(script, policy, uniform: np.ndarray, *temperature: float) -> list[list[int]]:
-    found = policy.sample(PROMPTS, numbers(uniform), *temperature)
+def sampled(script, policy, uniform: np.ndarray) -> list[list[int]]:
+    found = policy.sample(PROMPTS, numbers(uniform))
     if isinstance(found, list):  # DPO's
         return found
     ids, mask, alive, ended, texts = found
@@ -603,48 +605,26 @@ def sampled(script, policy, uniform: np.ndarray, *temperature: float) -> list[li
 
 @KINDS
 @POLICIES
-def test_padding_changes_no_log_prob(tmp_path, script, kind):
-    """Prompts padded on the left and responses on the right against each row alone."""
-    has_temperature = hasattr(arguments(script), "temperature")
-    changes = {"temperature": 0.7} if has_temperature else {}
+def test_cache_and_padding_change_nothing(tmp_path, script, kind):
+    """Log-probabilities, and samples up to and with the end token, are those of each row alone."""
+    temperature, ends, rows = 1.0 if script is dpo else 0.8, 0, list(zip(PROMPTS, RESPONSES))
+    changes = {} if script is dpo else {"temperature": temperature}
     policy = make_policy(script, tmp_path, kind, **changes)
-    if has_temperature:
-        rows = *padded(), padded()[1][:, -4:]
-        found = policy.log_probs(*rows)
-        assert not found[rows[-1] == 0].any()
-        torch.testing.assert_close(script.in_parts(policy.log_probs, policy.args, *rows), found)
-    else:
-        rows = list(zip(PROMPTS, RESPONSES))
-        found = policy.log_probs(rows)
-        torch.testing.assert_close(policy.score(rows), found)
     plain = Net(transformers.AutoModelForCausalLM.from_pretrained(tmp_path))
-    for row, (x, y) in enumerate(zip(PROMPTS, RESPONSES)):
-        expected = plain.log_probs(x, y, changes.get("temperature", 1.0)).float()
-        mine = found[row, : len(y)] if has_temperature else found[row]
-        expected = expected if has_temperature else expected.sum()
-        torch.testing.assert_close(mine, expected, atol=1e-4, rtol=1e-4)
-    found.sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in policy.parameters())
-
-
-@KINDS
-@POLICIES
-def test_sampling_is_a_loop_without_cache_or_padding(tmp_path, script, kind):
-    """Up to and with the end token, and no further than the longest."""
-    has_temperature = hasattr(arguments(script), "temperature")
-    policy = make_policy(
-        script, tmp_path, kind, **({"temperature": 0.8} if has_temperature else {})
-    )
-    plain, ends = Net(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)), 0
+    expected = [plain.log_probs(x, y, temperature).float() for x, y in rows]
+    if script is dpo:
+        found, expected = policy.score(rows)[:, None], [x.sum(0, keepdim=True) for x in expected]
+    else:
+        ids, mask = padded()
+        found = script.in_parts(policy.log_probs, policy.args, ids, mask, mask[:, -4:])
+        assert not found[mask[:, -4:] == 0].any()
+    for mine, its in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine[: len(its)], its, atol=1e-4, rtol=1e-4)
     for seed in range(4):
         uniform = np.random.default_rng(seed).random((3, 6))
         found = sampled(script, policy, uniform)
-        temperature = 0.8 if has_temperature else 1.0
         assert found == [plain.sample(x, u, temperature) for x, u in zip(PROMPTS, uniform)]
         ends += sum(y[-1] == EOS for y in found)
-        if script is ppo:
-            greedy = [plain.sample(x, np.full(6, 0.5), 1e-6) for x in PROMPTS]
-            assert sampled(script, policy, uniform, 1e-6) == greedy
     assert 0 < ends < 12
 
 
@@ -652,10 +632,12 @@ def test_sampling_is_a_loop_without_cache_or_padding(tmp_path, script, kind):
 def test_sampling_goes_on_until_all_processes_have_ended(tmp_path, script):
     policy, uniforms, passes = make_policy(script, tmp_path, "GPT2"), np.random.default_rng(0), []
     policy.register_forward_hook(lambda *call: passes.append(1))
-    while len(passes) in (0, 6):  # until a response has ended early
+    for uniform in uniforms.random((99, 1, 6)):
         passes.clear()
-        uniform = uniforms.random((1, 6))
         alone = policy.sample(PROMPTS[:1], numbers(uniform))
+        if len(passes) < 6:  # a response that has ended early
+            break
+    assert len(passes) < 6
     passes.clear()
     going_on = {"total": lambda x: x + 1, "gather": lambda x: x if x.dtype.is_signed else x ^ x}
     name = "gather" if script is dpo else "total"  # another one's row has not ended
@@ -805,20 +787,14 @@ def test_a_token_that_straddles_the_two():
 
 def test_texts_are_cut_as_lists_of_ids():
     texts = texts_of(word_tokenizer(VOCABULARY, "<s> $A </s>"))
-    long, cut = (
-        "a film plot actor scene story",
-        [VOCABULARY.index(x) for x in "plot actor scene story".split()],
-    )
-    assert (
-        texts.prompts([long, f"<s> {long}", "a", "<s> a"], "") == [[BOS, *cut]] * 2 + [[BOS, 3]] * 2
-    )
+    long, cut = "a film plot actor scene story", [5, 6, 7, 8]
+    found = texts.prompts([long, f"<s> {long}", "a", "<s> a"], "")
+    assert found == [[BOS, *cut]] * 2 + [[BOS, 3]] * 2
     assert texts.responses([("a", " " + long)], "") == [[3, 4, 5, 6]]
     none = texts_of(word_tokenizer(VOCABULARY, "$A"), 4)
     assert none.prompts([long, "a"], "") == [cut, [3]]
-    assert texts_of(word_tokenizer(VOCABULARY), 50, 50).responses([("a", "a </s>")], "")[0] == [
-        3,
-        EOS,
-    ]
+    whole = texts_of(word_tokenizer(VOCABULARY), 50, 50)
+    assert whole.responses([("a", "a </s>")], "")[0] == [3, EOS]
 
 
 def test_responses_of_pairs_spell_out_no_special_token(capsys):
@@ -895,9 +871,8 @@ def reference_aihf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list, 
     pairs = read_lines(world / "preferences.jsonl")[: flags["num_preferences"]]
     prompts = [prompt for (prompt,) in read_lines(world / "prompts.jsonl")]
     train, held_out = prompts[: -flags["eval_prompts"]], prompts[-flags["eval_prompts"] :]
-    alpha, weight, policy, reward = flags["demo_weight"], flags["preference_weight"], *(
-        nets[name] for name in ("policy", "reward")
-    )  # fmt: skip
+    alpha, weight = flags["demo_weight"], flags["preference_weight"]
+    policy, reward = nets["policy"], nets["reward"]
     if not alpha:
         demos = [(prompt, "") for prompt in train]
     demo_texts = [x + words.text(words.response(y)) for x, y in demos]
@@ -950,17 +925,8 @@ def reference_aihf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list, 
                     row["reward/gap"] = np.mean([r(demo_texts[i]).item() for i in indices])
             if step == 0 and vocabulary is VOCABULARY:
                 nets["value"].copy(reward)
-        indices = drawn(len(train), flags["batch_size"], step, seed, 5)
-        uniform = np.random.default_rng([seed, 6, step])
-        uniform = uniform.random((flags["batch_size"], flags["response_length"]))
-        rates = {"policy": flags["learning_rate"], "value": flags["value_learning_rate"]}
-        rates = {name: rate * left for name, rate in rates.items()}
-        row |= reference_ppo_step(nets, train, indices, uniform, rates, flags, vocabulary)
-        row |= {"charts/step": step + 1, "charts/episodes": (step + 1) * flags["batch_size"]}
-        row["charts/reward_updates"] = updates
-        if (step + 1) % flags["eval_every"] == 0 or step + 1 == flags["ppo_steps"]:
-            row |= evaluated(nets, held_out, flags, vocabulary)
-        log.append(row)
+        row |= reference_ppo_step(nets, train, held_out, step, (5, 6), anneal, flags, vocabulary)
+        log.append(row | {"charts/reward_updates": updates})
     return nets, memory, log
 
 
@@ -1119,17 +1085,12 @@ def reference_rlhf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list]:
         rows, counts = zip(*(loss(*row) for row in rows))
         return {name: sum(row[name] for row in rows) / sum(counts) for name in rows[0]}
 
-    for stage, (name, net, loss) in enumerate(
-        (("sft", "policy", sft), ("rewards", "reward", rewards)), 1
-    ):
+    stages = ("sft", "policy", sft), ("rewards", "reward", rewards)
+    for stage, (name, net, loss) in enumerate(stages, 1):
         if skipped[stage]:
             continue
-        (rows, others), flag, recent, lowest = (
-            splits[stage - 1],
-            ("sft", "reward")[stage - 1],
-            [],
-            math.inf,
-        )
+        rows, others = splits[stage - 1]
+        flag, recent, lowest = ("sft", "reward")[stage - 1], [], math.inf
         size = flags[f"{flag}_batch_size"]
         steps = math.ceil(flags[f"{flag}_epochs"] * len(rows) / size)
         for step in range(steps):
@@ -1163,20 +1124,8 @@ def reference_rlhf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list]:
     row = evaluated(nets, held_out, flags, vocabulary)
     log.append({"charts/stage": 3, "charts/step": 0, "charts/episodes": 0} | row)
     for step in range(flags["ppo_steps"]):
-        indices = drawn(len(train), flags["batch_size"], step, seed, 3)
-        uniform = np.random.default_rng([seed, 4, step])
-        uniform = uniform.random((flags["batch_size"], flags["response_length"]))
-        left = 1 - step / flags["ppo_steps"] if anneal else 1
-        rates = {
-            "policy": flags["learning_rate"] * left,
-            "value": flags["value_learning_rate"] * left,
-        }
-        row = reference_ppo_step(nets, train, indices, uniform, rates, flags, vocabulary)
-        row |= {"charts/stage": 3, "charts/step": step + 1}
-        row["charts/episodes"] = (step + 1) * flags["batch_size"]
-        if (step + 1) % flags["eval_every"] == 0 or step + 1 == flags["ppo_steps"]:
-            row |= evaluated(nets, held_out, flags, vocabulary)
-        log.append(row)
+        row = reference_ppo_step(nets, train, held_out, step, (3, 4), anneal, flags, vocabulary)
+        log.append(row | {"charts/stage": 3})
     return nets, log
 
 
@@ -1268,32 +1217,7 @@ def learned(script, folder: Path, planted: Path) -> dict[str, float]:
     return row | ({"closed": max(gaps) - gaps[-1]} if gaps else {})
 
 
-@pytest.mark.parametrize(
-    "name, reversed_name, fails",
-    [
-        ("ppo", "", ""),
-        ("ppo", "reward_losses", "reward"),
-        ("ppo", "policy_losses", "policy"),
-        ("dpo", "", ""),
-        ("dpo", "aihf_dpo_loss", "policy"),
-        ("rlhf", "", ""),
-        ("rlhf", "preference_losses", "reward"),
-        ("rlhf", "policy_losses", "policy"),
-    ],
-)
-def test_what_is_planted_is_learned(tmp_path, planted, monkeypatch, name, reversed_name, fails):
-    """And not by a reversed update."""
-    script = SCRIPTS[name]
-    if reversed_name:
-        right = getattr(script, reversed_name)
-
-        def wrong(*args):
-            found = right(*args)
-            return (-found[0], found[1]) if isinstance(found, tuple) else -found
-
-        monkeypatch.setattr(script, reversed_name, wrong)
-    row = learned(script, run(script, tmp_path, planted, LEARN[name]), planted)
-    if fails:
-        assert row[fails] < -0.5, row
-    else:
-        assert all(value > 0.5 for value in row.values()), row
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_what_is_planted_is_learned(tmp_path, planted, name):
+    row = learned(SCRIPTS[name], run(SCRIPTS[name], tmp_path, planted, LEARN[name]), planted)
+    assert all(value > 0.5 for value in row.values()), row

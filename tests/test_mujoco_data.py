@@ -4,7 +4,6 @@ the sets in the repository.
 python -m pytest tests/test_mujoco_data.py
 """
 
-import csv
 import hashlib
 import json
 import signal
@@ -61,11 +60,6 @@ def make(folder: Path, **changes) -> Path:
     return folder / "data"
 
 
-def load(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
-        return dict(file)
-
-
 def lengths_of(arrays: dict) -> np.ndarray:
     ends = np.flatnonzero(arrays["terminations"] | arrays["truncations"])
     return np.diff(ends, prepend=-1)
@@ -73,11 +67,6 @@ def lengths_of(arrays: dict) -> np.ndarray:
 
 def data_files(folder: Path) -> dict[str, bytes]:
     return {k: raw for k, raw in helpers.files(folder).items() if k != "manifest.json"}
-
-
-def read_pairs(folder: Path) -> list[dict]:
-    with open(folder / "pairs.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def medium_wins(pairs: list[dict]) -> np.ndarray:
@@ -117,7 +106,7 @@ def test_schema(data):
     names = ["high.npz", "low.npz", "manifest.json", "medium.npz", "pairs.csv"]
     assert sorted(path.name for path in data.iterdir()) == names
     for tier in TIERS:
-        arrays = load(data / f"{tier}.npz")
+        arrays = helpers.read_arrays(data / f"{tier}.npz")
         steps, lengths = len(arrays["rewards"]), lengths_of(arrays)
         assert {key: (x.dtype.name, x.shape) for key, x in arrays.items()} == {
             "observations": ("float32", (steps + 3, 3)),
@@ -139,7 +128,7 @@ def test_episodes_replay_in_the_environment(data):
     reward and end."""
     robot = helpers.Drift()
     for tier in TIERS:
-        arrays = load(data / f"{tier}.npz")
+        arrays = helpers.read_arrays(data / f"{tier}.npz")
         ends = arrays["terminations"] | arrays["truncations"]
         rows = np.arange(len(ends)) + np.concatenate([[0], np.cumsum(ends)[:-1]])
         for step, row in enumerate(rows):
@@ -162,7 +151,7 @@ def test_manifest(data):
     hashes = {name: hashlib.sha256(raw).hexdigest() for name, raw in data_files(data).items()}
     assert manifest["sha256"] == hashes
     for tier, row in manifest["tiers"].items():
-        arrays = load(data / f"{tier}.npz")
+        arrays = helpers.read_arrays(data / f"{tier}.npz")
         ends = lengths_of(arrays).cumsum()
         returns = [part.sum() for part in np.split(arrays["rewards"].astype(float), ends[:-1])]
         assert (row["episodes"], row["steps"]) == (len(ends), ends[-1])
@@ -173,14 +162,16 @@ def test_manifest(data):
 
 
 def test_pairs_lie_inside_episodes_and_the_learner_reads_them(data):
-    rows = read_pairs(data)
+    rows = helpers.read_csv(data / "pairs.csv")
     columns = [f"{key}_{side}" for side in "ab" for key in ("tier", "episode", "start", "length")]
     assert list(rows[0]) == [*columns, "label"] and len(rows) == 60
     assert medium_wins(rows).all() and 15 <= sum(row["label"] == "1" for row in rows) <= 45
     env = aihf.make_env(ENV)
     tiers = {tier: read.episodes(data / f"{tier}.npz", env) for tier in TIERS}
     actions = env.unwrapped.action_space.low + (tiers["high"].actions + 1) * [0.75, 1.5]
-    np.testing.assert_allclose(actions, load(data / "high.npz")["actions"], atol=1e-6)
+    np.testing.assert_allclose(
+        actions, helpers.read_arrays(data / "high.npz")["actions"], atol=1e-6
+    )
     pairs = read.pairs(data, tiers, 3)  # checks that they lie inside episodes
     assert len(pairs) == 60 and {(a[0], b[0]) for a, b in pairs} == {("medium", "low")}
 
@@ -324,7 +315,7 @@ def test_other_tiers_and_pairs_need_no_new_training(tmp_path, data, updates):
     assert data_files(make(tmp_path)) == data_files(data)
     changed = {"segment_length": 2, "num_pairs": 9, "label_noise": 1}
     make(tmp_path, output_dir=tmp_path / "other", **changed)
-    pairs = read_pairs(tmp_path / "other")
+    pairs = helpers.read_csv(tmp_path / "other/pairs.csv")
     assert len(pairs) == 9 and not medium_wins(pairs).any() and pairs[0]["length_a"] == "2"
     for tier in TIERS:
         name = f"{tier}.npz"
@@ -405,7 +396,10 @@ def test_embedded_data_set(name):
     env = aihf.make_env(name)
     tiers = {tier: read.episodes(folder / f"{tier}.npz", env) for tier in TIERS}
     for tier, row in manifest["tiers"].items():
-        lengths, rewards = tiers[tier].lengths, load(folder / f"{tier}.npz")["rewards"]
+        lengths, rewards = (
+            tiers[tier].lengths,
+            helpers.read_arrays(folder / f"{tier}.npz")["rewards"],
+        )
         assert (row["episodes"], row["steps"]) == (len(lengths), lengths.sum())
         mean = rewards.sum(dtype=float) / len(lengths)
         assert mean == pytest.approx(row["return_mean"], rel=1e-4)

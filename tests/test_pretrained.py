@@ -6,11 +6,10 @@ python -m pytest tests/test_pretrained.py
 from importlib.util import find_spec
 
 import helpers
+import pretrained
 import pytest
 import torch
-
-transformers = pytest.importorskip("transformers")
-import pretrained  # noqa: E402
+import transformers
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "good", "film"]
 

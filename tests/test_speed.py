@@ -4,7 +4,6 @@ their tables, what they ask of our scripts, the arithmetic of memory against wha
 python -m pytest tests/test_speed.py      (half a minute; nothing is trained)
 """
 
-import csv
 import importlib.util
 import runpy
 import sys
@@ -15,10 +14,9 @@ import llm_speed
 import pytest
 import sac_speed
 import tyro
+from helpers import ROOT, read_csv
 
 import aihf_sac_mujoco as aihf
-
-ROOT = Path(__file__).parents[1]
 
 
 # ------------------------------------------------------------------------------------------ robots
@@ -44,8 +42,7 @@ def test_save_replaces_only_the_rows_of_the_same_networks_and_batch(tmp_path):
     for hidden, value in (("64x64", 1), ("256x256", 2), ("64x64", 3)):
         sac_speed.save(path, rows(hidden, aihf=[value] * 3))
     assert path.read_text().splitlines()[0] == "library,hidden,batch,round,steps_per_second"
-    with open(path, newline="") as file:
-        read = [row for row in csv.DictReader(file) if row["library"] == "aihf"]
+    read = [row for row in read_csv(path) if row["library"] == "aihf"]
     found = [(row["hidden"], row["steps_per_second"]) for row in read]
     assert found == [("256x256", "2")] * 3 + [("64x64", "3")] * 3
 

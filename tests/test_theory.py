@@ -7,17 +7,14 @@ python -m pytest tests/test_theory.py      (10 seconds of one core)
 Statistical tests have fixed seeds and say how often one would fail with a random one.
 """
 
-import csv
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, read_csv
 
 pytest.importorskip("matplotlib")
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmark"))
 import figure2_bandit as bandit
 import tabular_mdp as tabular
 
@@ -200,8 +197,8 @@ def test_example_2_with_demonstrations_of_everything_joint_learning_beats_each_s
 
 def test_committed_figure_2_is_what_the_code_gives(figure_2):
     truth, policies = figure_2
-    with open(Path(bandit.__file__).parent / "results/figure2_bandit.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["covered"] == "45"]
+    rows = read_csv(ROOT / "benchmark/results/figure2_bandit.csv")
+    rows = [row for row in rows if row["covered"] == "45"]
     assert len(rows) == len(policies) * 4 * bandit.REPEATS
     for row in rows:
         pi = policies[int(row["preferences_per_pair"])][row["method"]][int(row["repeat"])]
@@ -569,12 +566,9 @@ def test_optimal_policy_has_no_regret(solved):
 
 
 def test_committed_tabular_results_are_what_the_code_gives():
-    with open(Path(tabular.__file__).parent / "results/tabular_mdp.csv", newline="") as file:
-        rows = {
-            row["method"]: row
-            for row in csv.DictReader(file)
-            if row["repeat"] == "3" and not row["iteration"]
-        }
+    rows = read_csv(ROOT / "benchmark/results/tabular_mdp.csv")
+    rows = [row for row in rows if row["repeat"] == "3" and not row["iteration"]]
+    rows = {row["method"]: row for row in rows}
     problem, reward = tabular.make_problem(50, 6000, np.random.default_rng(3))
     limit = tabular.exact_limit(problem).view_as(reward)
     policies = tabular.baselines(problem)
