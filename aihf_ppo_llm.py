@@ -257,7 +257,7 @@ def main() -> None:
             indices = read.draw(len(demos), size, k, (args.seed, 1))
             asked = [demo_prompt_ids[i] for i in indices]
             rng, responses = np.random.default_rng([args.seed, 3, k]), []
-            for part in read.parts(0, size, args.batch_size):
+            for part in read.parts(0, size, args.eval_prompts):  # as many as evaluation at once
                 responses += policy.sample(asked[part], rng)[-1]
             fresh = [demos[i][0] + y for i, y in zip(indices, responses)]
             memory = [*memory, *zip(indices, fresh)][-args.response_memory * size :]
