@@ -57,14 +57,13 @@ OURS = {
 POLICY = f"""--demo-weight 0 --policy-steps-per-iteration {10**6} --reward-updates-per-iteration 1
     --batch-size {RESPONSES} --minibatch-size 32 --ppo-epochs 2"""
 COLUMNS = ("training", "what", "round", "seconds_per_step")
+RESULTS = ROOT / "benchmark/results/llm_speed.csv"
 
 
 @dataclass
 class Args:
     rounds: int = 5  # measurements of each
     trl_ppo: str = ""  # a folder with a TRL that has PPO; "": do not measure it
-    core: int | None = None  # the CPU core everything runs on (Linux); default the last one
-    results: Path = ROOT / "benchmark/results/llm_speed.csv"  # the file to write
 
 
 def run(*command: str, **environment: str) -> str:
@@ -110,7 +109,7 @@ def measure_trl(what: str, seed: int) -> float:
     tokenizer = transformers.AutoTokenizer.from_pretrained(ASSETS / "model")
     policy = transformers.AutoModelForCausalLM
     scorer = transformers.AutoModelForSequenceClassification
-    models = {kind: [kind.from_pretrained(ASSETS / "model") for _ in "12"] for kind in (policy,)}
+    models = {policy: [policy.from_pretrained(ASSETS / "model") for _ in "12"]}
     models[scorer] = [scorer.from_pretrained(ASSETS / "model", num_labels=1) for _ in "12"]
     ends = []
 
@@ -247,8 +246,7 @@ if __name__ == "__main__":
             raise ValueError("--rounds must be above 0, --trl-ppo a folder that has trl")
         os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         if hasattr(os, "sched_setaffinity"):
-            core = max(os.sched_getaffinity(0)) if args.core is None else args.core
-            os.sched_setaffinity(0, {core})
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     print(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl")))
     rows = []
     for number in range(1, args.rounds + 1):
@@ -264,8 +262,8 @@ if __name__ == "__main__":
                     value = float(run(*worker, **path).split()[-1])
                 print(f"round {number}: {what} {value:.3f} s", flush=True)
                 rows.append(dict(zip(COLUMNS, (training, what, number, f"{value:.5g}"))))
-        with open(args.results, "w", newline="") as file:
+        with open(RESULTS, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-    print(f"\n{summary(rows)}\n\nwrote {args.results}")
+    print(f"\n{summary(rows)}\n\nwrote {RESULTS}")

@@ -2,18 +2,17 @@
 other libraries.
 
     pip install -e '.[speed]'
-    python benchmark/sac_speed.py                      (and again with --hidden 256 256)
+    python benchmark/sac_speed.py
 
 prints a line for each measurement, then a table (median, min and max over the rounds of each
 library) and the ratios of ours to the others, round by round and their median; writes
-benchmark/results/sac_speed.csv, where a run replaces the rows of its own --hidden and --batch-size
-and keeps the rest. Allow half an hour on a quiet core (256 256: an hour).
+benchmark/results/sac_speed.csv. Allow half an hour on a quiet core.
 
 The libraries take turns in every round, each measurement in a process of its own, all of them on
-the same one CPU core with one thread: environment steps, one SAC update (automatic entropy
-coefficient) for each, the same sizes of networks and batches. Neither compilation nor a warm-up of
-50,000 steps (random actions, then a thousand updates) is in the time: after it our memory of
-rollouts, from which reward updates draw their steps, is full.
+the same CPU core (the last; `taskset` chooses another) with one thread: environment steps, one SAC
+update (automatic entropy coefficient) for each, the same sizes of networks and batches. Neither
+compilation nor a warm-up of 50,000 steps (random actions, then a thousand updates) is in the time:
+after it our memory of rollouts, from which reward updates draw their steps, is full.
 
 - aihf: aihf_sac_mujoco.py as shipped, from the charts/SPS it logs. Only SAC steps are counted, but
   rollouts, reward updates and logging are in the time, which the others have not; evaluation and
@@ -47,11 +46,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_gen import read
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmark/results/sac_speed.csv"
 # BLOCK, policy_steps_per_iteration and rollout_memory of aihf_sac_mujoco.py
 BLOCK, ITERATION, MEMORY = 50, 5_000, 10
 OURS, OTHERS = ("aihf", "aihf-lower-level"), ("sb3", "sbx", "sb3-blocks", "sbx-blocks")
 TURNS = ("aihf", "sb3", "sbx", "aihf-lower-level", "sb3-blocks", "sbx-blocks")
-COLUMNS = ("library", "hidden", "batch", "round", "steps_per_second")
+COLUMNS = ("library", "round", "steps_per_second")
 ONE_THREAD = {
     **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
@@ -63,15 +63,12 @@ ONE_THREAD = {
 @dataclass
 class Args:
     env: str = "HalfCheetah-v4"  # a MuJoCo robot that there is data for
-    data_dir: str = ""  # what aihf_sac_mujoco.py learns from; "": data_gen/assets/mujoco/<env>
     hidden: tuple[int, ...] = (64, 64)  # layers of the policy, of each Q network and of our reward
     batch_size: int = 256  # transitions in an update
     rounds: int = 5  # measurements of each library
     # environment steps in each: a multiple of 5000, the length of a policy alignment; fewer (a
     # multiple of 50) make one short alignment, in which the rollouts weigh more
     steps: int = 10_000
-    core: int | None = None  # the CPU core everything runs on (Linux); default the last one
-    results: Path = ROOT / "benchmark/results/sac_speed.csv"  # the file to write
 
 
 def run(*command: str) -> str:
@@ -97,7 +94,6 @@ def measure_ours(library: str, args: Args, seed: int) -> float:
         first = math.ceil(first / iteration) * iteration
         flags = "--reward-updates-per-iteration 1 --rollout-steps-per-iteration 1".split()
         flags += ["--rollout-memory", "1"]
-    flags += ["--data-dir", str(Path(args.data_dir).resolve())] if args.data_dir else []
     options = f"""--env {args.env} --seed {seed} --total-timesteps {first + args.steps}
         --policy-steps-per-iteration {iteration} --learning-starts {random}
         --hidden {" ".join(map(str, args.hidden))} --batch-size {args.batch_size}
@@ -152,9 +148,8 @@ def measure_other(library: str, env: str, hidden, batch_size: int, steps: int, s
 
 
 def summary(rows: list[dict]) -> str:
-    """The table of speeds and that of ratios, from rows of one --hidden and --batch-size with all
-    libraries in each round. The median ratio is that of the rounds' ratios: what slows a whole
-    round down leaves it alone."""
+    """The table of speeds and that of ratios, from rows with all libraries in each round. The
+    median ratio is that of the rounds' ratios: what slows a whole round down leaves it alone."""
     speeds = {name: [] for name in TURNS}
     for row in rows:
         speeds[row["library"]].append(float(row["steps_per_second"]))
@@ -171,21 +166,6 @@ def summary(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def save(path: Path, rows: list[dict]) -> None:
-    """Write the rows in place of those with the same hidden and batch."""
-    measured, kept = {(row["hidden"], str(row["batch"])) for row in rows}, []
-    if path.is_file():
-        with open(path, newline="") as file:
-            kept = [
-                row for row in csv.DictReader(file) if (row["hidden"], row["batch"]) not in measured
-            ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(kept + rows)
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:  # one measurement of another library, for the process below
         print(measure_other(**json.loads(sys.argv[2])))
@@ -199,8 +179,7 @@ if __name__ == "__main__":
             raise ValueError("--rounds must be above 0, --steps k · 5000, or k · 50 from 500 on")
         os.environ.update(ONE_THREAD)  # this and the core are handed down to every measurement
         if hasattr(os, "sched_setaffinity"):
-            core = max(os.sched_getaffinity(0)) if args.core is None else args.core
-            os.sched_setaffinity(0, {core})
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
     packages = ("torch", "stable_baselines3", "sbx-rl", "jax", "gymnasium", "mujoco")
     print(
@@ -218,8 +197,9 @@ if __name__ == "__main__":
                 printed = run(str(Path(__file__).resolve()), "--worker", json.dumps(task))
                 speed = float(printed.split()[-1])
             print(f"round {number}: {library} {speed:.0f} steps/s", flush=True)
-            hidden = "x".join(map(str, args.hidden))
-            values = (library, hidden, args.batch_size, number, f"{speed:.6g}")
-            rows.append(dict(zip(COLUMNS, values)))
-        save(args.results, rows)
-    print(f"\n{summary(rows)}\n\nwrote {args.results}")
+            rows.append(dict(zip(COLUMNS, (library, number, f"{speed:.6g}"))))
+        with open(RESULTS, "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    print(f"\n{summary(rows)}\n\nwrote {RESULTS}")

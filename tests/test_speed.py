@@ -14,37 +14,27 @@ import llm_speed
 import pytest
 import sac_speed
 import tyro
-from helpers import ROOT, read_csv
+from helpers import ROOT
 
 import aihf_sac_mujoco as aihf
 
 
 # ------------------------------------------------------------------------------------------ robots
-def rows(hidden: str, **speeds: list[float]) -> list[dict]:
+def rows(**speeds: list[float]) -> list[dict]:
     """Rows of three rounds; libraries not named run at 1 step a second."""
     found = []
     for name in sac_speed.TURNS:
         for number, value in enumerate(speeds.get(name.replace("-", "_"), [1.0, 1.0, 1.0]), 1):
-            found.append(dict(zip(sac_speed.COLUMNS, (name, hidden, 256, number, value))))
+            found.append(dict(zip(sac_speed.COLUMNS, (name, number, value))))
     return found
 
 
 def test_summary_takes_the_median_of_the_rounds_ratios():
-    text = sac_speed.summary(rows("64x64", aihf=[100, 400, 900], sb3=[10, 200, 100]))
+    text = sac_speed.summary(rows(aihf=[100, 400, 900], sb3=[10, 200, 100]))
     cells = {line[:30].strip(): line[30:].split() for line in text.splitlines()}
     assert cells["aihf"] == ["400", "100", "900"] and cells["sb3"] == ["100", "10", "200"]
     assert cells["aihf / sb3"] == ["9.00", "10.00", "2.00", "9.00"]  # not 400 / 100
     assert cells["aihf / sbx"] == ["400.00", "100.00", "400.00", "900.00"]
-
-
-def test_save_replaces_only_the_rows_of_the_same_networks_and_batch(tmp_path):
-    path = tmp_path / "results" / "sac_speed.csv"
-    for hidden, value in (("64x64", 1), ("256x256", 2), ("64x64", 3)):
-        sac_speed.save(path, rows(hidden, aihf=[value] * 3))
-    assert path.read_text().splitlines()[0] == "library,hidden,batch,round,steps_per_second"
-    read = [row for row in read_csv(path) if row["library"] == "aihf"]
-    found = [(row["hidden"], row["steps_per_second"]) for row in read]
-    assert found == [("256x256", "2")] * 3 + [("64x64", "3")] * 3
 
 
 @pytest.mark.parametrize(("library", "iteration"), [("aihf", 5_000), ("aihf-lower-level", 20_000)])
