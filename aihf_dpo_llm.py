@@ -79,7 +79,7 @@ class Args:
     checkpoint_every: int = 20  # steps between checkpoints
     runs_dir: str = "runs"  # where run folders go
     run_name: str = ""  # the run's folder; "": from script, seed and time
-    resume: str = ""  # a run folder to carry on with its arguments; flags beside it replace them
+    resume: str = ""  # a run folder to carry on with its arguments; most flags beside it win
     evaluate: str = ""  # a run folder whose policy to evaluate instead of training; beats --resume
     cuda: bool = True  # use GPUs when there are any
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights are float32
@@ -116,7 +116,7 @@ def aihf_dpo_loss(demo_log_probs, lengths, r_chosen, r_rejected, args: Args) -> 
 def main() -> None:
     with read.input_errors():  # around set-up: what is wrong with the input is said in one line
         args, state = parse_args()
-        device, count = start_processes(args)
+        device, processes = start_processes(args)
 
         initial = args.sft_model_path or args.model_name_or_path
         policy, reference = Policy(initial, args), Policy(initial, args)  # π, π⁰
@@ -176,10 +176,10 @@ def main() -> None:
 
         # ==================================================== UPDATE: a step up (13), by Adam
         row = {}
-        for part in read.parts(0, size // count, args.micro_batch_size):
+        for part in read.parts(0, size // processes, args.micro_batch_size):
             d, p = demo_indices[part], pair_indices[part]
             examples = [demos[i] for i in d] + [pairs[i] for i in p]
-            log_probs = policy.log_probs([(x, y) for sides in examples for x, y in sides])
+            log_probs = policy.log_probs([row for sides in examples for row in sides])
             demo_log_probs, pair_log_probs = log_probs.split([len(d), 2 * len(p)])
             pair_log_probs = pair_log_probs.view(-1, 2)
             lengths = torch.tensor([len(y) for i in d for _, y in demos[i]], device=device)
@@ -264,7 +264,7 @@ class Policy(nn.Module):
         prompts, *sides = zip(*read.rows(name, columns, count))
         x, append_eos = self.texts.prompts(prompts, name), self.args.append_eos
         ys = [self.texts.responses(list(zip(prompts, y)), name, append_eos) for y in sides]
-        return list(zip(*(zip(x, y) for y in ys)))
+        return [tuple((prompt, y[i]) for y in ys) for i, prompt in enumerate(x)]
 
     def forward(self, ids: Tensor, mask: Tensor, length: int, cache: dict | None = None):
         """Float32 logits (rows, length, vocabulary) of the last `length` positions of ids (rows,
@@ -315,8 +315,8 @@ class Policy(nn.Module):
                 break
             mask = torch.cat([mask, torch.ones_like(ids)], 1)
         responses = gather(torch.cat(tokens, 1)).tolist()
-        lengths = [[*row, self.texts.eos_id].index(self.texts.eos_id) + 1 for row in responses]
-        return [row[:length] for row, length in zip(responses, lengths)]
+        end = self.texts.eos_id  # a row is cut after its first end token, if it has one
+        return [row[: row.index(end) + 1] if end in row else row for row in responses]
 
 
 def load_judge(name: str, args: Args, device: torch.device):

@@ -98,7 +98,7 @@ class Args:
     checkpoint_every: int = 10  # PPO steps between checkpoints
     runs_dir: str = "runs"  # where run folders go
     run_name: str = ""  # the run's folder; "": from script, seed and time
-    resume: str = ""  # a run folder to carry on with its arguments; flags beside it replace them
+    resume: str = ""  # a run folder to carry on with its arguments; most flags beside it win
     evaluate: str = ""  # a run folder whose policy to evaluate instead of training; beats --resume
     cuda: bool = True  # use GPUs when there are any
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights are float32
@@ -131,9 +131,9 @@ MAY_BE_ZERO = """seed num_demonstrations num_preferences demo_weight preference_
 
 # ---------------------------------------------------------------- the two levels, in equations
 def reward_losses(r_demos: Tensor, r_policy: Tensor, r_chosen: Tensor, r_rejected: Tensor, args):
-    """What Adam minimises: minus what has the gradient (26), preferences weighted, plus λ's term. R
-    of demonstrations τ ~ D, of policies' responses τ' to their prompts, and of preferred and other
-    sides of pairs (values unused where the weight is 0); all of these and the losses: (rows,)."""
+    """Losses (rows,); their mean has the gradient -(α g1 + preference_weight g2), (26), but for
+    λ's term. R, (rows,) each: of τ ~ D, of τ' to the same prompts, of the preferred and the other
+    sides of pairs; where a weight is 0 its two are not read, and may be anything."""
     losses = torch.zeros_like(r_demos)
     if args.demo_weight:
         gap = r_demos - r_policy  # (28), Lemma 5.1
@@ -147,12 +147,12 @@ def reward_losses(r_demos: Tensor, r_policy: Tensor, r_chosen: Tensor, r_rejecte
 def token_rewards(log_ratio: Tensor, scores: Tensor, mask: Tensor, beta: float) -> Tensor:
     """(10) token by token, (rows, N): -β log(π/π⁰) at each, plus the score at the last (Ziegler et
     al. 2019); log_ratio and mask (rows, N), scores (rows,)."""
-    last = (mask.cumsum(-1) == mask.sum(-1, keepdim=True)) * mask
+    last = (mask.cumsum(-1) == mask.sum(-1, keepdim=True)) * mask  # 1 at the last token
     return -beta * log_ratio * mask + scores[:, None] * last
 
 
 def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, lam: float):
-    """Advantages and returns, (rows, N) each (Schulman et al. 2016, (16) at γ = 1), of rewards,
+    """Advantages and returns, (rows, N) each (Schulman et al. 2016, their (16), γ = 1), of rewards,
     values and mask (rows, N). values[:, t] is V before token t; after the end it counts as 0."""
     values = values * mask
     delta = (rewards + F.pad(values[:, 1:], (0, 1)) - values) * mask
@@ -177,7 +177,7 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def policy_losses(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip: float):
-    """PPO's loss of each token and π/π_old, (rows, N) each (Schulman et al. 2017, (7))."""
+    """PPO's loss of each token and π/π_old, (rows, N) each (Schulman et al. 2017, their (7))."""
     ratio = (log_probs - old_log_probs).exp()
     return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)), ratio
 
@@ -186,9 +186,9 @@ def policy_losses(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, 
 def main() -> None:
     with read.input_errors():  # around set-up: what is wrong with the input is said in one line
         args, state = parse_args()
-        device, count = start_processes(args)
+        device, processes = start_processes(args)
 
-        # Learned: π, V (the critic), R(·; θ). Frozen: π⁰, the base policy, the judge
+        # Learned: π, V (a copy of R where R reads π's tokens), R(·; θ). Frozen: π⁰, base, judge
         initial = args.sft_model_path or args.model_name_or_path
         policy = Policy(initial, args)
         reference = copy.deepcopy(policy)  # π⁰
@@ -212,7 +212,7 @@ def main() -> None:
         if len(prompts) <= n:
             raise ValueError(f"{args.prompts} has too few rows for --eval-prompts {n}")
         train_prompts, train_ids = prompts[:-n], prompt_ids[:-n]
-        demos = [(prompt, prompt) for prompt in train_prompts]  # stand-ins: the prompts alone count
+        demos = [(prompt, prompt) for prompt in train_prompts]  # α = 0: prompts to centre R on
         if args.demo_weight:
             demos = read.rows(args.demonstrations, "prompt completion", args.num_demonstrations)
         demo_prompt_ids = policy.texts.prompts([x for x, _ in demos], args.demonstrations)
@@ -228,14 +228,14 @@ def main() -> None:
             learned[name].load_state_dict(state[name])
         for module in dict.fromkeys([*learned.values(), reference, base]):
             shard(module.to(device), device)
-        optimizers = {k: torch.optim.Adam(x.parameters(), fused=True) for k, x in learned.items()}
+        optimizers = {x: torch.optim.Adam(m.parameters(), fused=True) for x, m in learned.items()}
         for name in learned if state and not args.evaluate else ():
             load_optimizer(optimizers[name], state[f"{name}_optimizer"])
         memory, log = state.get("memory", []), state.get("log", [])  # τ' for g1; metrics.csv
         track = read.tracker(args)
         run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, SCRIPT)
 
-    models = policy, reference, base, reward, judge.to(device) if judge else None
+    models = policy, reference, base, reward, (judge.to(device) if judge else None)
     evaluation = partial(evaluate, models, (prompts[-n:], prompt_ids[-n:]), args, run_dir)
     if args.evaluate:
         return evaluation(log[-1]["charts/step"])
@@ -254,16 +254,16 @@ def main() -> None:
         if steps_since_reward == 0:  # the reward first (Algorithm 1: the policy): R starts random
             # ================ SAMPLE: τ ~ D, τ' ~ π_k and earlier ones, (τ_l ≺ τ_w) ~ P
             size = args.reward_updates_per_iteration * args.reward_batch_size  # of all updates
-            indices = read.draw(len(demos), size, k, (args.seed, 1))
+            indices = read.draw(len(demos), size, k, (args.seed, 1))  # 1 to 6: one for each use
             asked = [demo_prompt_ids[i] for i in indices]
             rng, responses = np.random.default_rng([args.seed, 3, k]), []
             for part in read.parts(0, size, args.eval_prompts):  # as many as evaluation at once
                 responses += policy.sample(asked[part], rng)[-1]
             fresh = [demos[i][0] + y for i, y in zip(indices, responses)]
-            memory = [*memory, *zip(indices, fresh)][-args.response_memory * size :]
+            memory = [*memory, *zip(indices, fresh)][-args.response_memory * size :]  # (i of D, τ')
             order = np.random.default_rng([args.seed, 4, k]).permutation(len(memory))
-            recalled = share([memory[j] for j in order[:size]])
-            sides = []  # texts: demonstrations, responses to their prompts; both sides of pairs
+            recalled = share([memory[j] for j in order[:size]])  # τ' of g1: all policies alike
+            sides = []  # columns of texts: τ ~ D, τ' to the same prompts (g1); τ_w, τ_l (g2)
             if args.demo_weight:
                 sides += [demo_texts[i] for i, _ in recalled], [text for _, text in recalled]
             if args.preference_weight:
@@ -271,7 +271,7 @@ def main() -> None:
                 sides += [x + y for x, y, _ in drawn], [x + y for x, _, y in drawn]
 
             # ====================== UPPER LEVEL (8a): θ_{k+1} = θ_k + η (α g1 + g2), by Adam
-            for batch in read.parts(0, size // count, args.reward_batch_size // count):
+            for batch in read.parts(0, size // processes, args.reward_batch_size // processes):
                 loss, correct = torch.zeros(2, device=device)
                 for part in read.parts(batch.start, batch.stop, args.micro_batch_size):
                     r = reward.score([x for side in sides for x in side[part]]).chunk(len(sides))
@@ -289,7 +289,7 @@ def main() -> None:
                 value.load_state_dict(reward.state_dict())  # the critic begins as the first reward
             if args.demo_weight:
                 r_demos = in_parts(reward.score, args, share([demo_texts[i] for i in indices]))
-                row["reward/gap"] = gather(r_demos).mean().item()  # the responses' mean is 0
+                row["reward/gap"] = gather(r_demos).mean().item()  # minus that of π_k, now 0
 
         # ============= LOWER LEVEL (8b): align π to r(·; θ_{k+1}), a step of PPO or ReMax on (10)
         indices = read.draw(len(train_ids), args.batch_size, step, (args.seed, 5))
@@ -309,11 +309,11 @@ def main() -> None:
             greedy = policy.sample(asked, rng, temperature=1e-6)[-1]
             texts = [train_prompts[i] + response for i, response in zip(indices, greedy)]
             greedy_scores = in_parts(reward.score, args, share(texts))
-            advantages = remax_advantages(rewards, alive, greedy_scores)
+            advantages = remax_advantages(rewards, alive, greedy_scores)  # π/π_old is 1: no clip
 
         statistics = []  # of each minibatch: policy and value loss, approximate KL, share clipped
-        size, passes = (args.minibatch_size // count, args.ppo_epochs) if is_ppo else (len(ids), 1)
-        for minibatch in read.parts(0, len(ids), size) * passes:  # rows are drawn at random
+        size = args.minibatch_size // processes if is_ppo else len(ids)  # rows are random as it is
+        for minibatch in read.parts(0, len(ids), size) * (args.ppo_epochs if is_ppo else 1):
             weights = alive / total(alive[minibatch].sum())  # a mean over the minibatch's tokens
             sums = torch.zeros(4, device=device)
             for part in read.parts(minibatch.start, minibatch.stop, args.micro_batch_size):
@@ -425,9 +425,9 @@ class Policy(nn.Module):
     @torch.no_grad()
     def sample(self, prompts: list[list[int]], rng: np.random.Generator, temperature=None):
         """Of this process's rows: ids and mask (rows, P + N) of prompt and response, the responses'
-        mask (rows, N), end token included, and whether it came (rows,). Of all rows: the texts of
-        the responses. A row has response_length of the rng's numbers, however early it ends; each
-        picks a token by inverse CDF: no row depends on its batch. Processes end together."""
+        mask (rows, N), end token included, and whether it came (rows,). Of all rows: the responses'
+        texts. Each row takes response_length numbers of the rng, however early it ends, and picks a
+        token by inverse CDF with each: its text depends on no other row. Processes end together."""
         uniform = torch.from_numpy(share(rng.random((len(prompts), self.args.response_length))))
         ids, mask = (x.to(self.lm.device) for x in read.pad(share(prompts), left=True))
         token, cache, width = ids, {}, ids.shape[1]

@@ -44,7 +44,7 @@ class Args:
     data_dir: str = ""  # high.npz, medium.npz, low.npz, pairs.csv; "": data_gen/assets/mujoco/<env>
 
     # Upper level: the reward
-    demo_weight: float = 1.0  # α of Algorithm 1, which is α of (8a) / β; 0: as in RLHF
+    demo_weight: float = 1.0  # α of Algorithm 1: α of (8a) / β, as g1 = β ∇L1; 0: as in RLHF
     preference_weight: float = 10.0  # of (11); 0: inverse reinforcement learning (paper: 1)
     preference_temperature: float = 5.0  # divides the difference of returns in (11) (paper: 1)
     reward_updates_per_iteration: int = 100  # Adam steps (the authors' code: 1, in longer runs)
@@ -55,7 +55,7 @@ class Args:
     preference_batch_size: int = 64  # pairs in each reward update
     rollout_memory: int = 10  # latest policies whose rollouts g1 sees (Algorithm 1: 1)
     reward_learning_rate: float = 1e-3  # Adam's (paper: 1e-4)
-    reward_range: tuple[float, float] | None = None  # bounds; None: 0 4 if it can fall, else -10 10
+    reward_range: tuple[float, float] | None = None  # of r; None: (0, 4) if it can fall, else ±10
     gradient_penalty: float = 1000.0  # weight of the penalty on slopes of r above 1 (paper: none)
 
     # Lower level: the policy
@@ -76,7 +76,7 @@ class Args:
     checkpoint_every: int = 10  # iterations between checkpoints
     runs_dir: str = "runs"  # where run folders go
     run_name: str = ""  # the run's folder; "": from environment, script, seed and time
-    resume: str = ""  # a run folder to carry on with its arguments; flags beside it replace them
+    resume: str = ""  # a run folder to carry on with its arguments; most flags beside it win
     evaluate: str = ""  # a run folder whose policy to evaluate instead of training; beats --resume
     compile: bool = True  # compile the SAC update (needs a C++ compiler)
     cuda: bool = True  # use a GPU when there is one; networks this small are often faster on a core
@@ -122,8 +122,8 @@ class Reward(nn.Module):
 
 
 def step_weights(lengths: Tensor, form: str, gamma: float) -> Tensor:
-    """Weights (N,), one a step, with which Σ weight · r is the mean R(τ) of trajectories of these
-    lengths, R(τ) = Σ_t γ^t r_t (discounted; 0 after a fall) or Σ_t r_t / (T (1 - γ)) (mean)."""
+    """Weights (N,) of all steps of trajectories of these lengths: Σ weight · r is their mean R(τ),
+    R(τ) = Σ_t γ^t r_t (discounted; 0 after a fall) or Σ_t r_t / (T (1 - γ)) (mean)."""
     t, length = torch.cat([torch.arange(n) for n in lengths]), lengths.repeat_interleave(lengths)
     weight = gamma**t if form == "discounted" else 1 / (length * (1 - gamma))
     return weight.float() / len(lengths)
@@ -131,14 +131,14 @@ def step_weights(lengths: Tensor, form: str, gamma: float) -> Tensor:
 
 def demonstration_gap(reward, demos, rollouts) -> Tensor:
     """Mean R(τ) of demonstrations minus mean R(τ') of rollouts, both given as features (N, obs_dim
-    + act_dim) and step_weights (N,): (). With discounted ones its gradient is g1, (28), β ∇L1."""
+    + act_dim) and step_weights (N,): (). If these are discounted, its ∇ is g1 = β ∇L1, (28)."""
     (x_demos, w_demos), (x_policy, w_policy) = demos, rollouts
     return (w_demos * reward(x_demos)).sum() - (w_policy * reward(x_policy)).sum()
 
 
 def draw(x: Tensor, weights: Tensor, count: int, rng: np.random.Generator) -> tuple:
-    """Features of count steps, drawn in proportion to their weights (N,), and equal weights, whose
-    Σ weight · r is an unbiased estimate of that over all N steps."""
+    """A minibatch of count steps, drawn in proportion to weights (N,): its features, and one weight
+    for all, so that Σ weight · r over it is an unbiased estimate of Σ weight · r over the N."""
     shares = weights.double().cpu() / weights.double().sum().cpu()
     return x[rng.choice(len(x), count, p=shares.numpy())], (weights.sum() / count).expand(count)
 
@@ -183,14 +183,14 @@ def main() -> None:
         data_hash = read.fingerprint(*(x for tier in tiers.values() for x in tier), pairs)
 
         actor = Actor(obs_dim, act_dim, args.hidden).to(device)
-        # What is evaluated: averaged weights, mostly the last tenth's (Shamir, Zhang 2013, η = 9)
+        # Evaluated: averaged weights, to 65 % those of the last tenth (Shamir and Zhang 2013)
         averaged = AveragedModel(actor, avg_fn=lambda a, b, n: a.lerp(b, 10 / (10 + n)))
         critics = Critics(obs_dim, act_dim, args.hidden).to(device)
         sac = init_sac(actor, critics, args.entropy_coefficient or 1.0)
         target_entropy = None if args.entropy_coefficient else -act_dim
         update = make_sac_update(actor, critics, args.gamma, args.tau, target_entropy)
-        lengths = play(env, actor, range(3), rng=np.random.default_rng(0))[2]  # untrained
-        can_fall = lengths.min().item() < env.spec.max_episode_steps  # before the time limit
+        *_, lengths, _ = play(env, actor, range(3), rng=np.random.default_rng(0))  # 3 episodes
+        can_fall = lengths.min().item() < env.spec.max_episode_steps  # it does while untrained
         args.reward_range = args.reward_range or ((0.0, 4.0) if can_fall else (-10.0, 10.0))
         args.demos_in_replay = can_fall if args.demos_in_replay is None else args.demos_in_replay
         all_obs = np.concatenate([tier.obs for tier in tiers.values()])
@@ -200,7 +200,7 @@ def main() -> None:
         widths = (obs_dim, act_dim, obs_dim, 1)  # a transition: s, a, s', whether it ended there
         demo_steps = len(tiers["high"].obs) if args.demos_in_replay and args.demo_weight else 0
         replay = np.zeros((demo_steps + args.total_timesteps, sum(widths)), np.float32)
-        if demo_steps:  # demonstrated transitions, before SAC's own
+        if demo_steps:  # demonstrated transitions before SAC's own: all fields but [2], lengths
             replay[:demo_steps] = np.column_stack([*tiers["high"][:2], *tiers["high"][3:]])
         recent = []  # rollouts of the latest policies: observations, actions, lengths
         counts = ("charts/iteration", "charts/sac_steps", "charts/env_steps", "charts/wall_seconds")
@@ -209,7 +209,7 @@ def main() -> None:
         if state:
             if state["data_hash"] != data_hash:
                 raise ValueError(f"the run had other data than {data_dir} and these weights give")
-            fixed = {"beta": sac["beta"]} if args.entropy_coefficient else {}  # not learned
+            fixed = {"beta": sac["beta"]} if args.entropy_coefficient else {}  # the flag's
             tree_map(Tensor.copy_, sac, state["sac"] | fixed)
             for name, learned in modules.items():
                 learned.load_state_dict(state[name])
@@ -233,13 +233,13 @@ def main() -> None:
         update = compile_update(update, sac, obs_dim, act_dim, args.batch_size)
     bar = tqdm(total=last_step, initial=step, desc=args.env, unit="step", disable=last_step == 0)
 
-    while step < last_step:
+    while step < last_step:  # --evaluate: not at all
         started, first_step = time.perf_counter(), step
         share_left = 1 - step / args.total_timesteps if args.anneal else 1.0
 
         # ================================ LOWER LEVEL (8b): align the policy to r(·; θ_k) by SAC
         learning_rate = torch.tensor(args.learning_rate * share_left, device=device)
-        losses = torch.full((5,), math.nan)
+        losses = torch.full((len(LOSSES),), math.nan)  # until --learning-starts
         obs, _ = env.reset(seed=int(rng.integers(2**31)))
         iteration_end = min(step + args.policy_steps_per_iteration, last_step)
         while step < iteration_end:
@@ -249,7 +249,7 @@ def main() -> None:
                     action = rng.uniform(-1, 1, act_dim).astype(np.float32)
                 else:
                     action = actor.act(obs, rng.standard_normal(act_dim, np.float32))
-                next_obs, _, terminated, truncated, _ = env.step(action)
+                next_obs, _, terminated, truncated, _ = env.step(action)  # _: the true reward
                 replay[demo_steps + step] = np.concatenate([obs, action, next_obs, [terminated]])
                 obs = env.reset()[0] if terminated or truncated else next_obs
                 step += 1
@@ -268,25 +268,25 @@ def main() -> None:
             bar.update(block)
 
         # ========================================= SAMPLE: τ' ~ π_{k+1}; g1 sees the ten latest
-        seeds = rng.integers(2**31, size=args.rollout_steps_per_iteration)  # more than enough
+        seeds = rng.integers(2**31, size=args.rollout_steps_per_iteration)  # an episode each
         fresh = play(env, actor, seeds, args.rollout_steps_per_iteration, rng)[:3]
         recent = [*recent, fresh][-args.rollout_memory :]
-        x, weights = map(torch.cat, zip(*(features_and_weights(*rollout) for rollout in recent)))
-        rollouts = x, weights / len(recent)  # each policy alike, however many episodes it played
+        x, weights = zip(*(features_and_weights(*rollout) for rollout in recent))
+        rollouts = torch.cat(x), torch.cat(weights) / len(recent)  # each policy weighs alike
 
         # ================ UPPER LEVEL (8a): θ_{k+1} = θ_k + η (α g1 + g2), with a slope penalty
         reward_optimizer.param_groups[0]["lr"] = args.reward_learning_rate * share_left
         for _ in range(args.reward_updates_per_iteration):
             objective = torch.zeros((), device=device)
             if args.demo_weight:  # g1
-                drawn = (draw(*x, args.demo_batch_size, rng) for x in (data["high"], rollouts))
+                drawn = (draw(*z, args.demo_batch_size, rng) for z in (data["high"], rollouts))
                 objective += args.demo_weight * demonstration_gap(reward, *drawn)
             if args.preference_weight:  # g2
                 index = torch.from_numpy(rng.integers(len(pairs), size=args.preference_batch_size))
                 drawn = (side[index] for side in segments)
                 likelihood = preference_log_likelihood(reward, *drawn, args.preference_temperature)
                 objective += args.preference_weight * likelihood
-            points = between(data_steps, rollouts[0], PENALTY_POINTS, rng)
+            points = between(data_steps, rollouts[0], PENALTY_POINTS, rng)  # D (else P) to τ'
             objective -= args.gradient_penalty * slope_penalty(reward, points)
             reward_optimizer.zero_grad()
             (-objective).backward()  # Adam descends
@@ -362,8 +362,8 @@ class Critics(nn.Module):
 
 
 def init_sac(actor: Actor, critics: Critics, beta: float) -> dict[str, dict[str, Tensor]]:
-    """All that an update changes, in place: {"actor": {name: parameter}, ...}, in the memory of
-    actor and critics, which so stay current; Adam's moments, target networks and log β."""
+    """All that an update changes, in place: {"actor": {name: parameter, in the module's own
+    memory}, "critics": the same, "beta": {"log": log β}}, Adam's moments, target networks."""
     sac = {"actor": dict(actor.state_dict()), "critics": dict(critics.state_dict())}  # detached
     sac["beta"] = {"log": torch.tensor(math.log(beta), device=actor.net[0].weight.device)}
     for net in list(sac):  # Adam's moments
@@ -415,7 +415,7 @@ def make_sac_update(actor, critics, gamma: float, tau: float, target_entropy: fl
         adam_(sac, "actor", gradients, learning_rate)
 
         if target_entropy is not None:
-            adam_(sac, "beta", {"log": entropy - target_entropy}, learning_rate)
+            adam_(sac, "beta", {"log": entropy - target_entropy}, learning_rate)  # log β's ∇
         for key, target in sac["targets"].items():
             target.lerp_(sac["critics"][key], tau)
         return torch.stack([q_loss, pi_loss, entropy, mean_q, beta])
@@ -486,16 +486,16 @@ def evaluate(env: gym.Env, actor: Actor, episodes: int, reward: Reward) -> dict[
 
 @torch.no_grad()
 def reward_metrics(reward, data: dict, x_policy: Tensor, segments: list, args: Args) -> dict:
-    """What the reward makes, per step, of the data and of the latest policy's steps (N, d)."""
+    """How the reward scores and ranks the data and the latest policy's steps (N, d); r a step."""
     r_policy = reward(x_policy)
     row = {"reward/policy": r_policy.mean().item(), "reward/max": r_policy.max().item()}
     if "high" in data:
         row["reward/demonstrations"] = reward(data["high"][0]).mean().item()
         row["reward/gap"] = row["reward/demonstrations"] - row["reward/policy"]
     if segments:
-        margins = (reward(segments[0]) - reward(segments[1])).sum(-1) / args.preference_temperature
-        row["reward/preference_accuracy"] = (margins > 0).float().mean().item()
-        row["reward/preference_loss"] = -F.logsigmoid(margins).mean().item()
+        accuracy = ((reward(segments[0]) - reward(segments[1])).sum(-1) > 0).float().mean().item()
+        loss = -preference_log_likelihood(reward, *segments, args.preference_temperature).item()
+        row |= {"reward/preference_accuracy": accuracy, "reward/preference_loss": loss}
     return row
 
 

@@ -72,7 +72,7 @@ class MujocoArgs:
     segment_length: int = 50  # steps of each side of a preference
     preference_batch_size: int = 64  # pairs in each reward update
     reward_learning_rate: float = 3e-4  # Adam's (paper: 1e-4)
-    reward_range: tuple[float, float] | None = None  # bounds; None: 0 4 if it can fall, else -10 10
+    reward_range: tuple[float, float] | None = None  # of r; None: (0, 4) if it can fall, else ±10
     gradient_penalty: float = 1000.0  # weight of the penalty on slopes of r above 1 (paper: none)
 
     # 3. RL
@@ -93,7 +93,7 @@ class MujocoArgs:
     checkpoint_every: int = 10  # iterations between checkpoints; stages 1 and 2 save at their end
     runs_dir: str = "runs"  # where run folders go
     run_name: str = ""  # the run's folder; "": from environment, script, seed and time
-    resume: str = ""  # a run folder to carry on with its arguments; flags beside it replace them
+    resume: str = ""  # a run folder to carry on with its arguments; most flags beside it win
     evaluate: str = ""  # a run folder whose policy to evaluate instead of training; beats --resume
     compile: bool = True  # compile the SAC update (needs a C++ compiler)
     cuda: bool = True  # use a GPU when there is one; networks this small are often faster on a core
@@ -218,7 +218,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         pair_split = hold_out(len(pairs), args.held_out_share, rng)
 
         actor = Actor(obs_dim, act_dim, args.hidden).to(device)
-        # What is evaluated: averaged weights, mostly the last tenth's (Shamir, Zhang 2013, η = 9)
+        # Evaluated: averaged weights, to 65 % those of the last tenth (Shamir and Zhang 2013)
         averaged = AveragedModel(actor, avg_fn=lambda a, b, n: a.lerp(b, 10 / (10 + n)))
         critics = Critics(obs_dim, act_dim, args.hidden).to(device)
         sac = init_sac(actor, critics, args.kl_coefficient or INITIAL_BETA)
@@ -226,8 +226,8 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         target_entropy = None if args.kl_coefficient else -act_dim
         settings = args.gamma, args.tau, target_entropy, args.critic_warmup_steps
         update = make_sac_update(actor, critics, *settings)
-        lengths = play(env, actor, range(3), rng=np.random.default_rng(0))[2]  # untrained
-        can_fall = lengths.min().item() < env.spec.max_episode_steps  # before the time limit
+        *_, lengths, _ = play(env, actor, range(3), rng=np.random.default_rng(0))  # 3 episodes
+        can_fall = lengths.min().item() < env.spec.max_episode_steps  # it does while untrained
         args.reward_range = args.reward_range or ((0.0, 4.0) if can_fall else (-10.0, 10.0))
         args.demos_in_replay = can_fall if args.demos_in_replay is None else args.demos_in_replay
         all_obs = np.concatenate([tier.obs for tier in tiers.values()])
@@ -337,7 +337,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             block = min(BLOCK, iteration_end - step)
             for _ in range(block):
                 action = actor.act(obs, rng.standard_normal(act_dim, np.float32))
-                next_obs, _, terminated, truncated, _ = env.step(action)
+                next_obs, _, terminated, truncated, _ = env.step(action)  # _: the true reward
                 replay[demo_steps + step] = np.concatenate([obs, action, next_obs, [terminated]])
                 obs = env.reset()[0] if terminated or truncated else next_obs
                 step += 1
@@ -430,8 +430,8 @@ class Critics(nn.Module):
 
 
 def init_sac(actor: Actor, critics: Critics, beta: float) -> dict[str, dict[str, Tensor]]:
-    """All that an update changes, in place: {"actor": {name: parameter}, ...}, in the memory of
-    actor and critics, which so stay current; Adam's moments, target networks and log β."""
+    """All that an update changes, in place: {"actor": {name: parameter, in the module's own
+    memory}, "critics": the same, "beta": {"log": log β}}, Adam's moments, target networks."""
     sac = {"actor": dict(actor.state_dict()), "critics": dict(critics.state_dict())}  # detached
     sac["beta"] = {"log": torch.tensor(math.log(beta), device=actor.net[0].weight.device)}
     for net in list(sac):  # Adam's moments
@@ -614,7 +614,7 @@ class LlmArgs:
     checkpoint_every: int = 10  # PPO steps between checkpoints; stages 1 and 2: some ten times
     runs_dir: str = "runs"  # where run folders go
     run_name: str = ""  # the run's folder; "": from script, seed and time
-    resume: str = ""  # a run folder to carry on with its arguments; flags beside it replace them
+    resume: str = ""  # a run folder to carry on with its arguments; most flags beside it win
     evaluate: str = ""  # a run folder whose policy to evaluate instead of training; beats --resume
     cuda: bool = True  # use GPUs when there are any
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights are float32
@@ -662,12 +662,12 @@ def preference_losses(reward, pairs: list[tuple[str, str, str]]) -> Tensor:
 def token_rewards(log_ratio: Tensor, scores: Tensor, mask: Tensor, beta: float) -> Tensor:
     """(4) token by token, (rows, N): -β log(π/π⁰) at each, plus the score at the last (Ziegler et
     al. 2019); log_ratio and mask (rows, N), scores (rows,)."""
-    last = (mask.cumsum(-1) == mask.sum(-1, keepdim=True)) * mask
+    last = (mask.cumsum(-1) == mask.sum(-1, keepdim=True)) * mask  # 1 at the last token
     return -beta * log_ratio * mask + scores[:, None] * last
 
 
 def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, lam: float):
-    """Advantages and returns, (rows, N) each (Schulman et al. 2016, (16) at γ = 1), of rewards,
+    """Advantages and returns, (rows, N) each (Schulman et al. 2016, their (16), γ = 1), of rewards,
     values and mask (rows, N). values[:, t] is V before token t; after the end it counts as 0."""
     values = values * mask
     delta = (rewards + F.pad(values[:, 1:], (0, 1)) - values) * mask
@@ -686,7 +686,7 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def policy_losses(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip: float):
-    """PPO's loss of each token and π/π_old, (rows, N) each (Schulman et al. 2017, (7))."""
+    """PPO's loss of each token and π/π_old, (rows, N) each (Schulman et al. 2017, their (7))."""
     ratio = (log_probs - old_log_probs).exp()
     return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)), ratio
 
@@ -700,7 +700,7 @@ def llm(args: LlmArgs, state: dict) -> None:
         if args.gae_lambda > 1 or args.batch_size % args.minibatch_size:
             limits = "--gae-lambda is at most 1, --batch-size a multiple of --minibatch-size"
             raise ValueError(limits)
-        device, count = start_processes(args)
+        device, processes = start_processes(args)
 
         # What is learned, a copy of what did best in stages 1 and 2, and what is not learned
         initial = args.sft_model_path or args.model_name_or_path
@@ -745,7 +745,7 @@ def llm(args: LlmArgs, state: dict) -> None:
         for module in (*modules.values(), base):
             shard(module.to(device), device)
         learned = {"sft": policy, "rewards": reward, "policy": policy, "value": value}
-        optimizers = {k: torch.optim.Adam(x.parameters(), fused=True) for k, x in learned.items()}
+        optimizers = {x: torch.optim.Adam(m.parameters(), fused=True) for x, m in learned.items()}
         for name in optimizers if state and not args.evaluate else ():
             load_optimizer(optimizers[name], state[f"{name}_optimizer"])
         log = state.get("log", [])  # rows of metrics.csv
@@ -753,7 +753,7 @@ def llm(args: LlmArgs, state: dict) -> None:
         track = read.tracker(args)
         run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, f"{SCRIPT} llm")
 
-    models = policy, reference, base, reward, judge.to(device) if judge else None
+    models = policy, reference, base, reward, (judge.to(device) if judge else None)
     held_out = prompts[-n:], prompt_ids[-n:]
     evaluation = partial(evaluate_responses, models, held_out, args, run_dir)
     if args.evaluate:
@@ -855,7 +855,7 @@ def llm(args: LlmArgs, state: dict) -> None:
 
         # ========================================= UPDATE: the clipped objective and V, by Adam
         statistics = []  # of each minibatch: policy and value loss, approximate KL, share clipped
-        minibatches = read.parts(0, len(ids), args.minibatch_size // count)  # drawn at random
+        minibatches = read.parts(0, len(ids), args.minibatch_size // processes)  # drawn at random
         for minibatch in minibatches * args.ppo_epochs:
             weights = alive / total(alive[minibatch].sum())
             sums = torch.zeros(4, device=device)
@@ -951,9 +951,9 @@ class Policy(nn.Module):
     @torch.no_grad()
     def sample(self, prompts: list[list[int]], rng: np.random.Generator):
         """Of this process's rows: ids and mask (rows, P + N) of prompt and response, the responses'
-        mask (rows, N), end token included, and whether it came (rows,). Of all rows: the texts of
-        the responses. A row has response_length of the rng's numbers, however early it ends; each
-        picks a token by inverse CDF: no row depends on its batch. Processes end together."""
+        mask (rows, N), end token included, and whether it came (rows,). Of all rows: the responses'
+        texts. Each row takes response_length numbers of the rng, however early it ends, and picks a
+        token by inverse CDF with each: its text depends on no other row. Processes end together."""
         uniform = torch.from_numpy(share(rng.random((len(prompts), self.args.response_length))))
         ids, mask = (x.to(self.lm.device) for x in read.pad(share(prompts), left=True))
         token, cache, width = ids, {}, ids.shape[1]

@@ -142,8 +142,9 @@ def lead_at_equal_kl(run: dict, rlhf: dict) -> float:
 def table(rows: list[dict], sizes: list[tuple[str, str]], name: str = "llm") -> str:
     """A line a size and method: means ± std over seeds; of each seed how far it falls, in shares of
     the way from the base model to the expert that wrote the data, and AIHF's lead over RLHF."""
-    folder, file = (RESULTS, f"{name}_data") if name != "llm" else (ASSETS, "manifest")
-    checkpoints = json.loads((folder / f"{file}.json").read_text())["checkpoints"]
+    copied = ASSETS / "manifest.json" if name == "llm" else RESULTS / f"{name}_data.json"
+    made = ROOT / f"runs/{name}_data/manifest.json"
+    checkpoints = json.loads((made if made.exists() else copied).read_text())["checkpoints"]
     base, *_, expert = (checkpoint["mean"] for checkpoint in checkpoints.values())
     heads = ["data", "method", "ground truth, final", "best", "KL", "win rate over SFT"]
     heads += ["rank correlation", "falls by", "ahead of RLHF at equal KL by", "min"]

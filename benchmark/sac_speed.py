@@ -5,8 +5,8 @@ other libraries.
     python benchmark/sac_speed.py
 
 prints a line for each measurement, then a table (median, min and max over the rounds of each
-library) and the ratios of ours to the others, round by round and their median; writes
-benchmark/results/sac_speed.csv. Allow half an hour on a quiet core.
+library) and the ratios of ours to the others, round by round and their median; with the default
+sizes writes benchmark/results/sac_speed.csv. Allow half an hour on a quiet core.
 
 The libraries take turns in every round, each measurement in a process of its own, all of them on
 the same CPU core (the last; `taskset` chooses another) with one thread: environment steps, one SAC
@@ -186,7 +186,7 @@ if __name__ == "__main__":
         f"{args.env}, hidden {args.hidden}, batch {args.batch_size}, {args.steps} steps;", end=" "
     )
     print(", ".join(f"{name} {version(name)}" for name in packages))
-    rows = []
+    rows, path = [], RESULTS if args == Args(rounds=args.rounds) else os.devnull
     for number in range(1, args.rounds + 1):
         for library in TURNS:
             if library in OURS:
@@ -198,8 +198,8 @@ if __name__ == "__main__":
                 speed = float(printed.split()[-1])
             print(f"round {number}: {library} {speed:.0f} steps/s", flush=True)
             rows.append(dict(zip(COLUMNS, (library, number, f"{speed:.6g}"))))
-        with open(RESULTS, "w", newline="") as file:
+        with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-    print(f"\n{summary(rows)}\n\nwrote {RESULTS}")
+    print(f"\n{summary(rows)}\n\nwrote {path}")

@@ -72,6 +72,7 @@ def check_finite(step: int, run_dir: Path, **tensors) -> None:
 
 
 # -------------------------------------------------------------------------------- run folders
+# Flags that --resume cannot change
 FIXED = "seed run_name runs_dir held_out_share sft_model_path reward_model_path".split()
 
 
@@ -262,7 +263,7 @@ def episodes(path: Path, env) -> Episodes:
     """Read an episode file of a robot, a gymnasium environment, whose actions are brought to
     [-1, 1]. Its `rewards`, the true ones, are never touched."""
     if not path.is_file():
-        raise ValueError(f"no data at {path}; make it with data_gen/mujoco_data.py")
+        raise ValueError(f"no data at {path}; see data_gen/README.md, data_gen/mujoco_data.py")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in EPISODE_ARRAYS if name in file}
@@ -277,8 +278,8 @@ def episodes(path: Path, env) -> Episodes:
     if (outside := np.abs(actions) > 1.001).any():
         row = np.argwhere(outside)[0, 0]
         raise ValueError(f"{path}: actions leave the robot's bounds in row {row}")
-    last = np.cumsum(lengths + 1) - 1  # an episode's last observation has no action
-    now, after = (np.delete(obs, x, axis=0) for x in (last, last - lengths))
+    last = np.cumsum(lengths + 1) - 1  # rows of obs where episodes end; they begin lengths earlier
+    now, after = np.delete(obs, last, axis=0), np.delete(obs, last - lengths, axis=0)
     return Episodes(now, actions.astype(np.float32), lengths, after, fell)
 
 
@@ -287,12 +288,12 @@ def pairs(folder: Path, tiers: dict[str, Episodes], segment_length: int) -> list
     steps counted over all of the tier's episodes."""
     path, pairs = folder / "pairs.csv", []
     if not path.is_file():
-        raise ValueError(f"no preferences at {path}; make them with data_gen/mujoco_data.py")
+        raise ValueError(f"no preferences at {path}; see data_gen/README.md, mujoco_data.py")
     with open(path, newline="", encoding="utf-8-sig") as file:
         for number, row in enumerate(csv.DictReader(file), start=2):
             try:
-                sides = [_segment(row, side, tiers, segment_length) for side in "ab"]
-                pairs.append(tuple(sides[:: {"1": 1, "0": -1}[row["label"]]]))  # 1: a is preferred
+                a, b = (_segment(row, side, tiers, segment_length) for side in "ab")
+                pairs.append({"1": (a, b), "0": (b, a)}[row["label"]])  # the preferred one first
             except (KeyError, TypeError):
                 reason = "label must be 0 or 1, or a column is missing"
                 raise ValueError(f"{path} line {number}: {reason}") from None

@@ -388,7 +388,9 @@ def test_a_finished_run(tmp_path, script, world, finished, plain):
     lines = [" ".join(f"{x['prompt'][-60:]} >> {x['response']}".split()) for x in samples]
     assert all(f"{x['gt_score']:6.2f} | {line[:160]}" in out for x, line in zip(samples, lines))
     steps = int(last["charts/step"])
-    for flag, value in (("--seed", 2), ("--run-name", "x")):
+    paths = [(f"--{x}-model-path", world / "gpt2") for x in ("sft", "reward")]
+    own = of(script, ppo=paths[1:], dpo=[], rlhf=[*paths, ("--held-out-share", 0.2)])
+    for flag, value in (("--seed", 2), ("--run-name", "x"), *own):
         result = resume(script, finished, script.steps, steps + 1, flag, value)
         assert_one_line_error(result, f"{flag} of a run that goes on is")
     flags = [script.steps, steps + 1, "--learning-rate", 5e-4, "--no-anneal"]

@@ -118,7 +118,8 @@ def test_file_to_dataset_and_back(cli, tmp_path, store):
     assert [path.name for path in store.iterdir()] == ["mujoco"]  # no scratch folder is left
     assert os.environ["MINARI_DATASETS_PATH"] == str(store)
 
-    assert cli("from-minari", npz=tmp_path / "b.npz")[0] == 0
+    code, out, err = cli("from-minari", npz=tmp_path / "b.npz")
+    assert (code, err) == (0, "") and "3 episodes, 8 steps" in out
     for key, array in helpers.read_arrays(tmp_path / "b.npz").items():
         assert array.dtype == arrays[key].dtype and np.array_equal(array, arrays[key])
 
@@ -139,6 +140,7 @@ def test_episode_cap_and_overwriting(cap, episodes, cli, tmp_path, store):
     assert cli("from-minari", episodes=cap)[0] == 0
     arrays = helpers.read_arrays(tmp_path / "a.npz")
     assert read.check_episodes(arrays, "a.npz").tolist() == [2, 3, 1][:episodes]
+    assert {arrays[key].dtype.name for key in KEYS[:3]} == {"float32"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "store"]
 
 

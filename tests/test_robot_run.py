@@ -254,13 +254,15 @@ def test_a_finished_run_is_evaluated_and_resumed(finished, script):
         played, after = evaluate.call_args.args[1].state_dict(), files(folder)
         assert all((averaged[f"module.{name}"] == p).all() for name, p in played.items())
         assert {name for name in before | after if before[name] != after[name]} == changed
+        assert not (folder.parent / "runs").exists()
 
 
 @both
 def test_flags_beside_resume_win(finished, plain, script):
     """β's too, which AIHF tuned before; but what a run is does not change."""
     folder, beta = finished(script), "--entropy-coefficient --kl-coefficient".split()
-    for flag, value in (("--seed", 2), ("--run-name", "x"), ("--runs-dir", "y")):
+    fixed = [("--seed", 2), ("--run-name", "x"), ("--runs-dir", "y")]
+    for flag, value in [*fixed, *[("--held-out-share", 0.2)] * (script is RLHF)]:
         result = carry_on(script, folder, "--total-timesteps", 150, flag, value)
         assert_one_line_error(result, f"{flag} of a run that goes on is")
     flags = ["--total-timesteps", 150, "--learning-rate", 0.003, beta[script is RLHF], 0.3]
