@@ -19,7 +19,9 @@ runs() { # lines: env, method, variant, seed
       3) for variant in share0.1 share0.3 flip0.1 flip0.3; do
            for method in aihf rlhf; do echo "Hopper-v4 $method $variant $seed"; done
          done
-         for method in aihf rlhf; do echo "HalfCheetah-v4 $method share0.1 $seed"; done ;;
+         for variant in share0.1 flip0.3; do
+           for method in aihf rlhf; do echo "HalfCheetah-v4 $method $variant $seed"; done
+         done ;;
       4) for env in Hopper-v4 HalfCheetah-v4 Walker2d-v4; do echo "$env rlhf-no-kl default $seed"; done ;;
       5) for variant in demos2 demos4; do
            for method in aihf rlhf; do echo "Hopper-v4 $method $variant $seed"; done
@@ -44,7 +46,7 @@ run() { # env method variant seed
 export -f run
 
 mkdir -p runs/figure3_data
-for name in Hopper-v4__{share0.1,share0.3,flip0.1,flip0.3,demos2,demos4} HalfCheetah-v4__share0.1; do
+for name in Hopper-v4__{share0.1,share0.3,flip0.1,flip0.3,demos2,demos4} HalfCheetah-v4__{share0.1,flip0.3}; do
   folder=runs/figure3_data/$name
   variant=${name#*__}
   flag=${variant%%[0-9]*}

@@ -18,5 +18,5 @@ run() { # env, SAC steps of the expert, other flags for the data
 export -f run
 mkdir -p runs
 printf '%s\n' "InvertedDoublePendulum-v5 60000" "Swimmer-v5 200000" \
-  "Reacher-v5 50000 --checkpoint-every 500" "Hopper-v5 400000" "HalfCheetah-v5 1200000" "Walker2d-v5 2000000" "Ant-v5 1000000" |
+  "Reacher-v5 50000 --checkpoint-every 500" "Hopper-v5 400000" "HalfCheetah-v5 1200000" "Walker2d-v5 2000000 --seed 2" "Ant-v5 1000000" |
   xargs -P "${JOBS:-2}" -L 1 bash -c 'run "$@" >>"runs/other_robots__$1__1.log" 2>&1' _
