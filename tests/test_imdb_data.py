@@ -437,6 +437,7 @@ def test_prompts_of_real_reviews(tmp_path, monkeypatch, data, model, judge):
         ("tiers", {"prompts": 10}, "--prompts"),
         ("tiers", {"batch_size": 5}, "--batch-size"),
         ("tiers", {"prompt_tokens": (5, 4)}, "--prompt-tokens"),
+        ("tiers", {"ppo_steps": (10, 5)}, "--ppo-steps"),
         *((name, {"output_dir": "file"}, "file") for name in FLAGS),
         *((name, {"work_dir": "/proc"}, "Error") for name in FLAGS),
     ],
