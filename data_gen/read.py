@@ -151,7 +151,8 @@ def open_run(args, script: str) -> Path:
     folder = Path(args.resume or Path(args.runs_dir) / args.run_name)
     before = json.loads((folder / "args.json").read_text()) if args.resume else {}
     for name in [name for name in FIXED if name in before and before[name] != getattr(args, name)]:
-        raise ValueError(f"--{name.replace('_', '-')} of a run that goes on is {before[name]!r}")
+        flag = f"--{name.replace('_', '-')}"
+        raise ValueError(f"--resume cannot change {flag}, which is {before[name]!r}")
 
     def say_how_to_carry_on() -> None:
         saved = (folder / "checkpoint.pt").exists()

@@ -393,7 +393,7 @@ def test_a_finished_run(tmp_path, script, world, finished, plain):
     own = of(script, ppo=paths[1:], dpo=[], rlhf=[*paths, ("--held-out-share", 0.2)])
     for flag, value in (("--seed", 2), ("--run-name", "x"), *own):
         result = resume(script, finished, script.steps, steps + 1, flag, value)
-        assert_one_line_error(result, f"{flag} of a run that goes on is")
+        assert_one_line_error(result, f"--resume cannot change {flag}, which is")
     flags = [script.steps, steps + 1, "--learning-rate", 5e-4, "--no-anneal"]
     code, out, err = resume(script, finished, *flags)
     assert code == 0, (out, err)

@@ -264,7 +264,7 @@ def test_flags_beside_resume_win(finished, plain, script):
     fixed = [("--seed", 2), ("--run-name", "x"), ("--runs-dir", "y")]
     for flag, value in [*fixed, *[("--held-out-share", 0.2)] * (script is RLHF)]:
         result = carry_on(script, folder, "--total-timesteps", 150, flag, value)
-        assert_one_line_error(result, f"{flag} of a run that goes on is")
+        assert_one_line_error(result, f"--resume cannot change {flag}, which is")
     flags = ["--total-timesteps", 150, "--learning-rate", 0.003, beta[script is RLHF], 0.3]
     code, out, err = carry_on(script, folder, *flags)
     assert code == 0, (out, err)
