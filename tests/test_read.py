@@ -179,7 +179,7 @@ def test_pairs_that_are_no_table(tmp_path, data, capsys):
         with pytest.raises(SystemExit), read.input_errors():
             read_pairs(tmp_path, data, text)
         assert capsys.readouterr().err.count("\n") == 1
-    with pytest.raises(ValueError, match="no preferences at .*data_gen/mujoco_data.py"):
+    with pytest.raises(ValueError, match="no preferences at .*; see data_gen/README.md"):
         read.pairs(tmp_path / "nowhere", {"medium": (), "low": ()}, 4)
 
 
