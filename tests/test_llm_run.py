@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import types
 from dataclasses import fields, is_dataclass, replace
@@ -634,6 +635,7 @@ for name, argv, port in json.loads(Path("jobs.json").read_text()):
     result = helpers.run_script(importlib.import_module(name), argv, Path.cwd())
     print(*result, flush=True)
     assert result[0] == 0 and not torch.distributed.is_initialized()
+Path("done" + os.environ["RANK"]).touch()
 """
 
 
@@ -671,12 +673,13 @@ def two_processes(tmp_path_factory, world) -> Path:
     argv += [ROOT, ROOT / "tests"]
     machines = [start_process(argv, folder, OMP_NUM_THREADS="1") for _ in range(2)]
     try:
-        for machine in machines:
-            print(*machine.communicate(timeout=300))
+        for machine in machines:  # at the end an agent may wait for the other in vain (300 s)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                print(*machine.communicate(timeout=150))
     finally:
         for machine in machines:
             machine.terminate()  # and with it its worker
-    assert [machine.returncode for machine in machines] == [0, 0]
+    assert (folder / "done0").exists() and (folder / "done1").exists()
     return folder
 
 
