@@ -50,7 +50,7 @@ class Args:
     preset: Literal["", "imdb", "hh"] = ""  # the paper's models; flags beside it win
     model_name_or_path: str = f"{ASSETS}/model"  # the base policy, a folder or hub id
     sft_model_path: str = ""  # start from this policy, which is then π⁰ too
-    ground_truth_path: str = f"{ASSETS}/classifier"  # for evaluation alone; "": none
+    ground_truth_path: str = f"{ASSETS}/classifier"  # sequence classifier, to evaluate; "": none
     demonstrations: str = f"{ASSETS}/demonstrations.jsonl"  # {prompt, completion}, file or hub id
     preferences: str = f"{ASSETS}/preferences.jsonl"  # {prompt, chosen, rejected}
     num_demonstrations: int = 1000  # the first rows; 0 for all

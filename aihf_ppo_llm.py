@@ -12,7 +12,7 @@ models and Table 2; `torchrun --nproc-per-node 2 aihf_ppo_llm.py` shards models 
 
 Three departures from the paper matter (README.md has more):
 - g1 (Lemma 5.1) is linear in R and unbounded. λ (R(τ)² + R(τ')²) is subtracted from it, so that the
-  best R for g1 alone is (p_E - p_π) / (2λ (p_E + p_π)), p densities: within ±1/(2λ), then shifted.
+  best R for g1 alone is (p_E - p_π) / (2λ (p_E + p_π)), p densities of τ and τ': within ±1/(2λ).
 - Preferences weigh 3. The reward learns first and fast: otherwise the policy exploits a reward
   that has not seen its text. R is shifted to mean 0 on that text, so that the critic stays valid.
 - g1 sees responses of the ten latest policies, so that the reward does not forget earlier ones.
@@ -51,11 +51,11 @@ ASSETS = "data_gen/assets/imdb"
 
 @dataclass
 class Args:
-    preset: Literal["", "imdb", "hh"] = ""  # Table 2, weights of 1; the paper's hh starts from SFT
+    preset: Literal["", "imdb", "hh"] = ""  # Table 2, weights 1; imdb: our data; hh: give an SFT
     model_name_or_path: str = f"{ASSETS}/model"  # the base policy, a folder or hub id
     sft_model_path: str = ""  # start from this policy, which is then the reference π⁰ too
     reward_model_path: str = ""  # base of the reward; "": the base policy. A trained head is kept
-    ground_truth_path: str = f"{ASSETS}/classifier"  # for evaluation alone; "": none
+    ground_truth_path: str = f"{ASSETS}/classifier"  # sequence classifier, to evaluate; "": none
     demonstrations: str = f"{ASSETS}/demonstrations.jsonl"  # {prompt, completion}, file or hub id
     preferences: str = f"{ASSETS}/preferences.jsonl"  # {prompt, chosen, rejected}
     num_demonstrations: int = 1000  # the first rows; 0 for all
@@ -81,7 +81,7 @@ class Args:
 
     # Lower level: the policy
     policy_optimizer: Literal["ppo", "remax"] = "ppo"  # remax: no critic, one step a batch
-    policy_steps_per_iteration: int = 5  # PPO steps after each learning of the reward (paper: 20)
+    policy_steps_per_iteration: int = 5  # PPO steps between rounds of reward updates (paper: 20)
     ppo_steps: int = 60  # steps of PPO or ReMax in all, each on a new batch of responses
     batch_size: int = 64  # responses in each step (paper: 256)
     minibatch_size: int = 32  # responses in an optimiser step
@@ -312,7 +312,7 @@ def main() -> None:
             advantages = remax_advantages(rewards, alive, greedy_scores)  # π/π_old is 1: no clip
 
         statistics = []  # of each minibatch: policy and value loss, approximate KL, share clipped
-        size = args.minibatch_size // processes if is_ppo else len(ids)  # rows are random as it is
+        size = args.minibatch_size // processes if is_ppo else len(ids)  # rows are already random
         for minibatch in read.parts(0, len(ids), size) * (args.ppo_epochs if is_ppo else 1):
             weights = alive / total(alive[minibatch].sum())  # a mean over the minibatch's tokens
             sums = torch.zeros(4, device=device)
@@ -453,7 +453,7 @@ class Scorer(nn.Module):
     outputs their difference). R(τ) is that at a text's last token, V(s) that at the last of s."""
 
     def __init__(self, name: str, args: Args, trained: bool = False):
-        """The head is new where there is none; ValueError then, if one must be `trained`."""
+        """The head is new where there is none; ValueError if `trained`, or of over two outputs."""
         super().__init__()
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         self.has_head = "SequenceClassification" in str(config.architectures)
@@ -514,7 +514,7 @@ def descend(module, optimizer, args: Args, step: int, run_dir: Path, loss: Tenso
 # Gradients are summed: losses are divided by the whole batch. All do equally many forward passes.
 def start_processes(args: Args) -> tuple[torch.device, int]:
     """Joins torchrun's processes, fills in args.run_name; the device, the number of processes."""
-    transformers.logging.set_verbosity_error()  # a new head is no news
+    transformers.logging.set_verbosity_error()  # it warns of new heads
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")

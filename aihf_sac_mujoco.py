@@ -12,7 +12,7 @@ Four departures from the paper matter (README.md has more):
 - g1 (Lemma 5.1) is linear in r and unbounded. Here r is bounded, positive where a fall ends an
   episode, so that an early fall costs reward, and slopes above 1 are penalised (Wasserstein GANs).
 - R(τ) in g1 is r's mean in an episode / (1 - γ): a discounted sum forgets the later steps.
-- g2 weighs 10 and divides differences of returns by 5: otherwise they saturate, and g1 dominates.
+- g2 weighs 10 and divides differences of returns by 5: otherwise σ saturates, and g1 dominates.
 - g1's rollouts are the ten latest policies', lest the reward forget and policies go in circles.
 """
 
@@ -44,7 +44,7 @@ class Args:
     data_dir: str = ""  # high.npz, medium.npz, low.npz, pairs.csv; "": data_gen/assets/mujoco/<env>
 
     # Upper level: the reward
-    demo_weight: float = 1.0  # α of Algorithm 1: α of (8a) / β, as g1 = β ∇L1; 0: as in RLHF
+    demo_weight: float = 1.0  # α of Algorithm 1: α of (8a) / β, as g1 = β ∇(9); 0: as in RLHF
     preference_weight: float = 10.0  # of (11); 0: inverse reinforcement learning (paper: 1)
     preference_temperature: float = 5.0  # divides the difference of returns in (11) (paper: 1)
     reward_updates_per_iteration: int = 100  # Adam steps (the authors' code: 1, in longer runs)
@@ -131,7 +131,7 @@ def step_weights(lengths: Tensor, form: str, gamma: float) -> Tensor:
 
 def demonstration_gap(reward, demos, rollouts) -> Tensor:
     """Mean R(τ) of demonstrations minus mean R(τ') of rollouts, both given as features (N, obs_dim
-    + act_dim) and step_weights (N,): (). If these are discounted, its ∇ is g1 = β ∇L1, (28)."""
+    + act_dim) and step_weights (N,): (). If these are discounted, its ∇ is g1 = β ∇(9), by (28)."""
     (x_demos, w_demos), (x_policy, w_policy) = demos, rollouts
     return (w_demos * reward(x_demos)).sum() - (w_policy * reward(x_policy)).sum()
 
@@ -208,7 +208,7 @@ def main() -> None:
 
         if state:
             if state["data_hash"] != data_hash:
-                raise ValueError(f"the run had other data than {data_dir} and these weights give")
+                raise ValueError(f"{data_dir} with these weights is not the data that the run had")
             fixed = {"beta": sac["beta"]} if args.entropy_coefficient else {}  # the flag's
             tree_map(Tensor.copy_, sac, state["sac"] | fixed)
             for name, learned in modules.items():
@@ -425,7 +425,7 @@ def make_sac_update(actor, critics, gamma: float, tau: float, target_entropy: fl
 
 def compile_update(update, sac: dict, obs_dim: int, act_dim: int, n: int):
     """The update compiled for batches of n, without guards, as shapes never change, with a C++
-    wrapper on CPUs; as it is, after a printed line, if a trial of that on copies fails."""
+    wrapper on CPUs; as it is, after a printed line, if a trial run on copies fails."""
     shapes = [(), (n, obs_dim), (n, act_dim), (n,), (n, obs_dim), (n,), (2, n, act_dim)]
     inputs = [torch.zeros(shape, device=sac["beta"]["log"].device) for shape in shapes]
     options = {"cpp_wrapper": inputs[0].is_cpu, "guard_filter_fn": lambda g: [False] * len(g)}

@@ -503,7 +503,7 @@ def make_sac_update(actor, critics, gamma: float, tau: float, target_entropy, wa
 
 def compile_update(update, sac: dict, obs_dim: int, act_dim: int, n: int):
     """The update compiled for batches of n, without guards, as shapes never change, with a C++
-    wrapper on CPUs; as it is, after a printed line, if a trial of that on copies fails."""
+    wrapper on CPUs; as it is, after a printed line, if a trial run on copies fails."""
     shapes = [(), (n, obs_dim), (n, act_dim), (n,), (n, obs_dim), (n,), (2, n, act_dim)]
     inputs = [torch.zeros(shape, device=sac["beta"]["log"].device) for shape in shapes]
     options = {"cpp_wrapper": inputs[0].is_cpu, "guard_filter_fn": lambda g: [False] * len(g)}
@@ -571,7 +571,7 @@ class LlmArgs:
     model_name_or_path: str = f"{ASSETS}/model"  # the base policy, a folder or hub id
     sft_model_path: str = ""  # the policy that stage 3 begins with and stays near: no stage 1
     reward_model_path: str = ""  # base of the reward; "": the base policy. Trained head: no stage 2
-    ground_truth_path: str = f"{ASSETS}/classifier"  # for evaluation alone; "": none
+    ground_truth_path: str = f"{ASSETS}/classifier"  # sequence classifier, to evaluate; "": none
     demonstrations: str = f"{ASSETS}/demonstrations.jsonl"  # {prompt, completion}, file or hub id
     preferences: str = f"{ASSETS}/preferences.jsonl"  # {prompt, chosen, rejected}
     num_demonstrations: int = 1000  # the first rows; 0 for all
@@ -979,7 +979,7 @@ class Scorer(nn.Module):
     outputs their difference). R(τ) is that at a text's last token, V(s) that at the last of s."""
 
     def __init__(self, name: str, args: LlmArgs, trained: bool = False):
-        """The head is new where there is none; ValueError then, if one must be `trained`."""
+        """The head is new where there is none; ValueError if `trained`, or of over two outputs."""
         super().__init__()
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         self.has_head = "SequenceClassification" in str(config.architectures)
@@ -1040,7 +1040,7 @@ def descend(module, optimizer, args: LlmArgs, step: int, run_dir: Path, loss: Te
 # Gradients are summed: losses are divided by the whole batch. All do equally many forward passes.
 def start_processes(args: LlmArgs) -> tuple[torch.device, int]:
     """Joins torchrun's processes, fills in args.run_name; the device, the number of processes."""
-    transformers.logging.set_verbosity_error()  # a new head is no news
+    transformers.logging.set_verbosity_error()  # it warns of new heads
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")

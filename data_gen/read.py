@@ -124,8 +124,8 @@ def summary(row: dict[str, float]) -> str:
 
 
 def write_samples(path: Path | None, title: str, prompts, responses, scores: dict) -> None:
-    """Prints a title and the first three rows of prompt, response and the last of the scores; all
-    rows go to a file .jsonl, if there is a path."""
+    """Prints a title and the first three rows of prompt, response and the last of the scores (DPO
+    without a judge: kl); all rows go to a file .jsonl, if there is a path."""
     if not writes():
         return
     tqdm.write(title)
@@ -390,9 +390,9 @@ class Texts:
 
     def prompts(self, prompts: list[str], name: str) -> list[list[int]]:
         """What the policy reads: what begins every text, and the last tokens of the prompts."""
-        n, found = len(self.prefix), self.ids(prompts, name)
-        found = [without_prefix(ids, self.prefix) for ids in found]
-        return [self.prefix + ids[max(0, len(ids) + n - self.max_prompt_length) :] for ids in found]
+        room, found = self.max_prompt_length - len(self.prefix), self.ids(prompts, name)
+        found = [without_prefix(ids, self.prefix)[::-1] for ids in found]  # the last ones stay
+        return [self.prefix + ids[::-1] for ids in _cut(found, room, f"{name}: prompts")]
 
     def responses(self, rows: list[tuple[str, str]], name: str, append_eos=False) -> list:
         """Token ids of completions of prompts, cut to response_length: what follows the prompt's in
@@ -403,6 +403,7 @@ class Texts:
         whole = self.ids([x + y for x, y in rows], name)
         found = [w[len(b) :] if w[: len(b)] == b else [] for b, w in zip(before, whole)]
         found, end = [x or y for x, y in zip(found, own)], [self.eos_id] * append_eos
+        found = _cut(found, self.response_length, f"{name}: responses")
         return [(y if y[-1:] == end else y + end)[: self.response_length] for y in found]
 
     def pairs(self, pairs: list[tuple[str, str, str]], name: str) -> list[tuple[str, str, str]]:
@@ -423,6 +424,13 @@ class Texts:
         before = self.tokenizer.batch_decode(prompts, **options)
         whole = [prompt + response for prompt, response in zip(prompts, responses)]
         return [w[len(b) :] for b, w in zip(before, self.tokenizer.batch_decode(whole, **options))]
+
+
+def _cut(rows: list[list[int]], length: int, what: str) -> list[list[int]]:
+    """The rows' first tokens, `length` at most; says how many rows are cut."""
+    if (cut := sum(len(row) > length for row in rows)) and writes():
+        print(f"{what} are cut to {length} tokens, {cut} of {len(rows)}")
+    return [row[: max(0, length)] for row in rows]
 
 
 def pad(rows: list[list[int]], left: bool = False) -> tuple[Tensor, Tensor]:

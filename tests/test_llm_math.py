@@ -785,12 +785,21 @@ def test_a_token_that_straddles_the_two():
     assert texts.responses([("a fil", "m great")], "")[0] == texts.ids(["m great"], "")[0]
 
 
-def test_texts_are_cut_as_lists_of_ids():
+def test_texts_are_cut_as_lists_of_ids(capsys):
+    """How many, is said."""
     texts = texts_of(word_tokenizer(VOCABULARY, "<s> $A </s>"))
     long, cut = "a film plot actor scene story", [5, 6, 7, 8]
-    found = texts.prompts([long, f"<s> {long}", "a", "<s> a"], "")
+    found = texts.prompts([long, f"<s> {long}", "a", "<s> a"], "file")
     assert found == [[BOS, *cut]] * 2 + [[BOS, 3]] * 2
-    assert texts.responses([("a", " " + long)], "") == [[3, 4, 5, 6]]
+    assert (
+        texts.responses([("a", " " + long), ("a", " a film plot actor")], "file")
+        == [[3, 4, 5, 6]] * 2
+    )
+    said = [
+        "file: prompts are cut to 4 tokens, 2 of 4",
+        "file: responses are cut to 4 tokens, 1 of 2",
+    ]
+    assert capsys.readouterr().out.splitlines() == said
     none = texts_of(word_tokenizer(VOCABULARY, "$A"), 4)
     assert none.prompts([long, "a"], "") == [cut, [3]]
     whole = texts_of(word_tokenizer(VOCABULARY), 50, 50)
