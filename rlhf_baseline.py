@@ -714,6 +714,8 @@ def llm(args: LlmArgs, state: dict) -> None:
         critic_from_reward = reward.is_decoder and reward.vocabulary == policy.vocabulary
         critic_from_reward &= reward.limit >= args.max_prompt_length + args.response_length
         value = best_reward if critic_from_reward else Scorer(initial, args)  # V, in stage 3
+        if not value.is_decoder:
+            raise ValueError(f"{initial} has no linear head for every token: it is no critic")
         judge = Scorer(args.ground_truth_path, args, True) if args.ground_truth_path else None
 
         # The data: demonstrations and preferences where a stage reads them, and prompts
@@ -990,7 +992,7 @@ class Scorer(nn.Module):
         self.args = replace(args, dtype="float32") if trained else args  # a judge is exact
         self.vocabulary = self.tokenizer.get_vocab()
         self.prefix, self.suffix = read.special_tokens(self.tokenizer)
-        self.is_decoder = hasattr(self.model, "score")  # GPT-2, GPT-NeoX, Llama ...: a linear head
+        self.is_decoder = hasattr(self.model, "score")  # a linear head, as GPT-2 and Llama have
         embeddings = getattr(self.model.base_model, "embeddings", None)
         unused = getattr(embeddings, "padding_idx", -1) + 1  # RoBERTa's positions begin after it
         limit = getattr(self.model.config, "max_position_embeddings", None) or 10**6
@@ -1006,6 +1008,7 @@ class Scorer(nn.Module):
                 inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
                 logits = self.model.score(self.model.base_model(**inputs, use_cache=False)[0])
             else:  # BERT and its like read the whole text at once
+                ids = ids.masked_fill(mask == 0, self.model.config.pad_token_id or 0)
                 logits = self.model(input_ids=ids, attention_mask=mask).logits
                 logits = logits[:, None].expand(-1, ids.shape[1], -1)
         first = logits[..., 0].float() if logits.shape[-1] == 2 else 0.0  # two outputs: log-odds

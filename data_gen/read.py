@@ -295,11 +295,10 @@ def pairs(folder: Path, tiers: dict[str, Episodes], segment_length: int) -> list
             try:
                 a, b = (_segment(row, side, tiers, segment_length) for side in "ab")
                 pairs.append({"1": (a, b), "0": (b, a)}[row["label"]])  # the preferred one first
-            except (KeyError, TypeError):
-                reason = "label must be 0 or 1, or a column is missing"
+            except (KeyError, TypeError, ValueError) as error:
+                other = "label must be 0 or 1, or a column is missing"
+                reason = error if isinstance(error, ValueError) else other
                 raise ValueError(f"{path} line {number}: {reason}") from None
-            except ValueError as error:
-                raise ValueError(f"{path} line {number}: {error}") from None
     if not pairs:
         raise ValueError(f"{path} is empty: it holds no pair")
     return pairs

@@ -663,7 +663,7 @@ TEXTS = ["film plot", "great", "actor a awful film"]
 
 
 @pytest.mark.parametrize("labels", [1, 2])
-@pytest.mark.parametrize("kind", ["GPT2", "GPTNeoX", "DistilBert"])
+@pytest.mark.parametrize("kind", ["GPT2", "GPTNeoX", "DistilBert", "ModernBertDecoder"])
 @SCORERS
 def test_scores_are_the_classifiers(tmp_path, script, kind, labels):
     """The last token's number: of one output, or logit 1 - logit 0; of a long text the end's."""
@@ -691,7 +691,7 @@ def test_scores_are_the_classifiers(tmp_path, script, kind, labels):
     for begin in ("", "<s> "):  # what begins every text is read once, also where it is spelled out
         found = dpo.judge_scores(model, tokenizer, [begin + text for text in TEXTS])
         torch.testing.assert_close(found, scores + 0.25, atol=1e-4, rtol=1e-4)
-    if kind != "DistilBert":
+    if scorer.is_decoder:
         rows = [[BOS, 5, PAD, 7], [8, 9]]
         left, right = read.pad(rows, left=True), read.pad(rows)
         found = scorer(*right)

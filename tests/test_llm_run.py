@@ -937,18 +937,17 @@ def three_outputs(world, folder):
     return ["--ground-truth-path", folder / "three"]
 
 
-def recurrent(world, folder):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(world / "gpt2")
-    sizes = {
-        "hidden_size": 8,
-        "state_size": 4,
-        "num_hidden_layers": 1,
-        "vocab_size": len(tokenizer),
-    }
-    model = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes))
-    for saved in (model, tokenizer):
-        saved.save_pretrained(folder / "mamba")
-    return ["--model-name-or-path", folder / "mamba"]
+def policy_of(kind, **sizes):
+    def make(world, folder):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(world / "gpt2")
+        config = getattr(transformers, f"{kind}Config")(
+            hidden_size=8, num_hidden_layers=1, vocab_size=len(tokenizer), **sizes
+        )
+        for saved in (getattr(transformers, f"{kind}ForCausalLM")(config), tokenizer):
+            saved.save_pretrained(folder / kind)
+        return ["--model-name-or-path", folder / kind]
+
+    return make
 
 
 HEADLESS = without_a_weight("classifier.out_proj.weight")
@@ -971,7 +970,7 @@ BAD = {  # flags, or what makes them of the world and a folder; the line. More o
     "long texts": (["--response-length", 81], "reads 96 tokens"),
     "an untrained judge": (lambda world, _: ["--ground-truth-path", world / "gpt2"], "gpt2"),
     "three outputs": (three_outputs, "three"),
-    "recurrent": (recurrent, "mamba is recurrent"),
+    "recurrent": (policy_of("Mamba", state_size=4), "Mamba is recurrent"),
     "other vocabulary": (lambda world, _: ["--sft-model-path", world / "llama"], "vocabular"),
     "zero": (["--batch-size", 0], "--batch-size"),
     "threads": (["--threads", 10**11], ""),
@@ -982,6 +981,7 @@ BAD_PPO = {  # of the scripts that have these flags
     "lambda": (["--gae-lambda", 1.5], "--gae-lambda"),
     "nothing": (["--demo-weight", 0, "--preference-weight", 0], "nothing to learn"),
     "no reward model": (["--reward-model-path", "./nowhere"], "./nowhere"),
+    "no critic": (policy_of("ModernBertDecoder", num_attention_heads=2), "it is no critic"),
 }
 
 
