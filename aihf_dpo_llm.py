@@ -433,13 +433,8 @@ def evaluate(models, held_out, args: Args, run_dir: Path, step: int) -> dict[str
 
 
 def save_model(model, tokenizer, folder: Path) -> None:
-    weights = whole(model.state_dict())
-
-    def write(path: Path) -> None:
-        model.save_pretrained(path, state_dict=weights)
-        tokenizer.save_pretrained(path)
-
-    read.write_whole(folder, write)
+    save = partial(model.save_pretrained, state_dict=whole(model.state_dict()))
+    read.write_whole(folder, lambda path: (save(path), tokenizer.save_pretrained(path)))
 
 
 def parse_args() -> tuple[Args, dict]:

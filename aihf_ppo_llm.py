@@ -606,13 +606,8 @@ def evaluate(models, held_out, args: Args, run_dir: Path, step: int) -> dict[str
 
 
 def save_model(model, tokenizer, folder: Path) -> None:
-    weights = whole(model.state_dict())
-
-    def write(path: Path) -> None:
-        model.save_pretrained(path, state_dict=weights)
-        tokenizer.save_pretrained(path)
-
-    read.write_whole(folder, write)
+    save = partial(model.save_pretrained, state_dict=whole(model.state_dict()))
+    read.write_whole(folder, lambda path: (save(path), tokenizer.save_pretrained(path)))
 
 
 def parse_args() -> tuple[Args, dict]:
@@ -626,7 +621,7 @@ def parse_args() -> tuple[Args, dict]:
     if args.demo_weight == args.preference_weight == 0:
         raise ValueError("--demo-weight and --preference-weight are 0: there is nothing to learn")
     if args.gae_lambda > 1 or args.batch_size % args.minibatch_size:
-        raise ValueError("--gae-lambda is at most 1, --batch-size a multiple of --minibatch-size")
+        raise ValueError("--gae-lambda is at most 1, --minibatch-size divides --batch-size")
     return args, state
 
 

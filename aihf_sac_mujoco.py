@@ -59,7 +59,7 @@ class Args:
     gradient_penalty: float = 1000.0  # weight of the penalty on slopes of r above 1 (paper: none)
 
     # Lower level: the policy
-    policy_steps_per_iteration: int = 5_000  # SAC steps in each policy alignment
+    policy_steps_per_iteration: int = 5_000  # SAC steps in each policy alignment, from a reset on
     demos_in_replay: bool | None = None  # with demonstrations (paper: no); None: if it can fall
     learning_starts: int = 5_000  # steps of uniformly random actions before the first update
     learning_rate: float = 1e-3  # Adam's (paper: 3e-3; the authors' code: 1e-3)
@@ -208,7 +208,7 @@ def main() -> None:
 
         if state:
             if state["data_hash"] != data_hash:
-                raise ValueError(f"{data_dir} with these weights is not the data that the run had")
+                raise ValueError(f"the run had other data than {data_dir}, or other weights of it")
             fixed = {"beta": sac["beta"]} if args.entropy_coefficient else {}  # the flag's
             tree_map(Tensor.copy_, sac, state["sac"] | fixed)
             for name, learned in modules.items():
@@ -446,7 +446,7 @@ def make_env(env_id: str) -> gym.Env:
     gym.logger.min_level = gym.logger.ERROR  # it warns of v4 at every make
     env = gym.make(env_id, disable_env_checker=True)
     spaces = env.observation_space, env.action_space
-    vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
+    vectors = all(len(space.shape or ()) == 1 and space.dtype.kind == "f" for space in spaces)
     if not (vectors and env.action_space.is_bounded() and env.spec.max_episode_steps):
         raise ValueError(f"{env_id} needs a time limit, vectors, bounded actions: {spaces}")
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))

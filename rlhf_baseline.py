@@ -79,7 +79,7 @@ class MujocoArgs:
     demos_in_replay: bool | None = None  # with demonstrations (paper: no); None: if it can fall
     critic_warmup_steps: int = 10_000  # SAC steps in which the clone acts and does not learn
     kl_coefficient: float = 10.0  # β of (4): less loses the clone; 0: SAC's entropy bonus, β tuned
-    policy_steps_per_iteration: int = 5_000  # SAC steps between two rows of metrics.csv
+    policy_steps_per_iteration: int = 5_000  # SAC steps from a reset to a row of metrics.csv
     learning_rate: float = 1e-4  # Adam's (paper: 3e-3); AIHF's 1e-3 shakes HalfCheetah's clone
     anneal: bool = True  # let the learning rate of each stage fall linearly to 0 (paper: no)
     batch_size: int = 256  # transitions in an update (the authors' code: 100)
@@ -164,7 +164,9 @@ def hold_out(count: int, share: float, rng: np.random.Generator) -> list[Tensor]
     """0 … count - 1 in random order: those to learn from, and those held out, at least one."""
     held_out = max(1, round(share * count))
     if held_out >= count:
-        raise ValueError(f"--held-out-share {share} of {count} leaves nothing to learn from")
+        raise ValueError(
+            f"--held-out-share {share} of {count}, at least 1, leaves none to learn from"
+        )
     return torch.from_numpy(rng.permutation(count)).split([count - held_out, held_out])
 
 
@@ -242,7 +244,8 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         if state:
             if state["data_hash"] != data_hash:
                 raise ValueError(f"the run learned from other data than {data_dir} now holds")
-            fixed = {"beta": sac["beta"]} if args.kl_coefficient else {}  # not learned
+            not_learned = args.kl_coefficient or state["sac"]["beta_square"]["log"] == 0
+            fixed = {"beta": sac["beta"]} if not_learned else {}
             tree_map(Tensor.copy_, sac, state["sac"] | fixed)
             averaged.load_state_dict(state["averaged"])
             reward.load_state_dict(state["reward"])
@@ -289,8 +292,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         with torch.no_grad():
             actor.net[0].weight /= std  # from here on the policy sees observations as they are
             actor.net[0].bias -= actor.net[0].weight @ mean
-        for key, parameter in sac["actor"].items():
-            sac["cloned"][key].copy_(parameter)
+        tree_map(Tensor.copy_, sac["cloned"], sac["actor"])
         averaged.update_parameters(actor)
         row |= evaluate(env, averaged.module, args.eval_episodes, reward)
         del row["eval/reward_correlation"]  # there is no reward yet
@@ -314,10 +316,9 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         row = {"reward/updates": kept, "reward/held_out_loss": loss}
         with torch.no_grad():
             row["reward/preference_loss"] = preference_loss(pair_split[0]).item()
-            margins = (reward(segments[0]) - reward(segments[1])).sum(-1)
-            train, held_out = ((margins > 0)[part].double() for part in pair_split)
-            row["reward/preference_accuracy"] = train.mean().item()
-            row["reward/held_out_accuracy"] = held_out.mean().item()
+            right = (reward(segments[0]) - reward(segments[1])).sum(-1) > 0
+        for name, part in zip(("preference", "held_out"), pair_split):
+            row[f"reward/{name}_accuracy"] = right[part].double().mean().item()
         print(f"reward model: {row['reward/held_out_accuracy']:.0%} of held-out pairs in order")
         record(row, started)
 
@@ -524,7 +525,7 @@ def make_env(env_id: str) -> gym.Env:
     gym.logger.min_level = gym.logger.ERROR  # it warns of v4 at every make
     env = gym.make(env_id, disable_env_checker=True)
     spaces = env.observation_space, env.action_space
-    vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
+    vectors = all(len(space.shape or ()) == 1 and space.dtype.kind == "f" for space in spaces)
     if not (vectors and env.action_space.is_bounded() and env.spec.max_episode_steps):
         raise ValueError(f"{env_id} needs a time limit, vectors, bounded actions: {spaces}")
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
@@ -695,11 +696,9 @@ def policy_losses(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, 
 def llm(args: LlmArgs, state: dict) -> None:
     """All three stages, or what is left of them after the checkpoint `state`."""
     with read.input_errors():  # around set-up: what is wrong with the input is said in one line
-        may_be_zero = "seed num_demonstrations num_preferences kl_coefficient"
-        read.check_numbers(args, may_be_zero)
+        read.check_numbers(args, "seed num_demonstrations num_preferences kl_coefficient")
         if args.gae_lambda > 1 or args.batch_size % args.minibatch_size:
-            limits = "--gae-lambda is at most 1, --batch-size a multiple of --minibatch-size"
-            raise ValueError(limits)
+            raise ValueError("--gae-lambda is at most 1, --minibatch-size divides --batch-size")
         device, processes = start_processes(args)
 
         # What is learned, a copy of what did best in stages 1 and 2, and what is not learned
@@ -740,8 +739,7 @@ def llm(args: LlmArgs, state: dict) -> None:
 
         modules = {"policy": policy, "reference": reference}
         modules |= {"reward": reward, "best_reward": best_reward}
-        if not critic_from_reward:
-            modules["value"] = value
+        modules |= {} if critic_from_reward else {"value": value}
         for name in modules if state else ():
             modules[name].load_state_dict(state[name])
         for module in (*modules.values(), base):
@@ -756,8 +754,7 @@ def llm(args: LlmArgs, state: dict) -> None:
         run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, f"{SCRIPT} llm")
 
     models = policy, reference, base, reward, (judge.to(device) if judge else None)
-    held_out = prompts[-n:], prompt_ids[-n:]
-    evaluation = partial(evaluate_responses, models, held_out, args, run_dir)
+    evaluation = partial(evaluate_responses, models, (prompts[-n:], prompt_ids[-n:]), args, run_dir)
     if args.evaluate:
         return evaluation(log[-1]["charts/step"])
 
@@ -1127,20 +1124,14 @@ def evaluate_responses(models, held_out, args: LlmArgs, run_dir: Path, step: int
         row |= {"eval/gt_score": truth.mean().item(), "eval/gt_score_std": truth.std().item()}
         ranks = torch.stack([scores["learned_score"], truth]).argsort().argsort().double()
         row["eval/reward_correlation"] = torch.corrcoef(ranks)[0, 1].item()  # Spearman's
-    name = "samples.jsonl" if step else "samples_sft.jsonl"
-    path = None if args.evaluate else run_dir / name
+    path = None if args.evaluate else run_dir / ("samples.jsonl" if step else "samples_sft.jsonl")
     read.write_samples(path, f"after {step} steps: {read.summary(row)}", prompts, responses, scores)
     return row
 
 
 def save_model(model, tokenizer, folder: Path) -> None:
-    weights = whole(model.state_dict())
-
-    def write(path: Path) -> None:
-        model.save_pretrained(path, state_dict=weights)
-        tokenizer.save_pretrained(path)
-
-    read.write_whole(folder, write)
+    save = partial(model.save_pretrained, state_dict=whole(model.state_dict()))
+    read.write_whole(folder, lambda path: (save(path), tokenizer.save_pretrained(path)))
 
 
 # ------------------------------------------------------------------------------- the command line

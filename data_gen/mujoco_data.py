@@ -1,6 +1,6 @@
 """MuJoCo demonstrations and preferences, made as in the AIHF paper (A.2.1, Brown et al. 2019).
 
-    python data_gen/mujoco_data.py --env Hopper-v4
+    python data_gen/mujoco_data.py --env Hopper-v5
 
 trains SAC on the TRUE reward, keeps the policy of every 10,000 steps, picks three of them (low,
 medium, high) by their return, lets each act (stochastic policy, whole episodes) and writes, into
@@ -55,7 +55,7 @@ class Args:
 
     # The expert
     total_timesteps: int = 0  # SAC steps; 0: 400k Hopper, 1.2M HalfCheetah, 2M Walker2d, else 1M
-    checkpoint_every: int = 10_000  # steps between the policies that a tier can take
+    checkpoint_every: int = 10_000  # steps, from a reset on, between policies for the tiers
     learning_starts: int = 5_000  # steps of uniformly random actions before the first update
     batch_size: int = 256  # transitions in an update
     hidden: tuple[int, ...] = (64, 64)  # hidden layers of every network (the paper's)

@@ -201,7 +201,8 @@ def tracker(args):
 
 
 def checkpoint(run: str, script: str) -> dict:
-    """The last checkpoint of a run of this script; {} of no run."""
+    """The last checkpoint of a run of this script, with the arguments in args.json: those of a
+    --resume that ended before another checkpoint stand nowhere else; {} of no run."""
     if not run:
         return {}
     path = Path(run) / "checkpoint.pt"
@@ -213,6 +214,10 @@ def checkpoint(run: str, script: str) -> dict:
         raise ValueError(f"{path} is damaged ({one_line(error)}); begin the run anew") from None
     if not isinstance(state, dict) or state.get("script") != script:
         raise ValueError(f"{path} is no checkpoint of {script}")
+    if (given := path.with_name("args.json")).is_file():
+        args = json.loads(given.read_text()).items()
+        args = {key: tuple(x) if isinstance(x, list) else x for key, x in args if key != "script"}
+        state["args"] = args
     return state
 
 

@@ -359,6 +359,11 @@ def test_policy_and_beta_stand_still_in_warm_up(tmp_path, data, kl_coefficient, 
         assert (mean[f"module.{name}"] == p).all()
     assert all(moment.any() for moment in state["actor_mean"].values())  # but Adam goes on
     assert state["beta"]["log"].exp().item() == pytest.approx(begins)
+    ends = ["mujoco", "--resume", "runs/run", "--no-compile", "--kl-coefficient", 0]
+    code, out, err = run_script(rlhf, [*ends, "--total-timesteps", 51], tmp_path)
+    assert code == 0, (out, err)  # β that was never learned is not kept
+    state = load(tmp_path / "runs" / "run")["sac"]
+    assert state["beta"]["log"].exp().item() == pytest.approx(0.05, rel=0.1)
     shutil.rmtree(tmp_path / "runs")
     state = load(run(tmp_path, data, *flags, "--total-timesteps", 51))["sac"]
     assert compare_checkpoints(state["actor"], state["cloned"])

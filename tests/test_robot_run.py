@@ -37,6 +37,7 @@ from helpers import (
 
 import aihf_sac_mujoco as aihf
 import rlhf_baseline as rlhf
+from data_gen import read
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Gymnasium's, on v4 robots
 
@@ -266,7 +267,9 @@ def test_flags_beside_resume_win(finished, plain, script):
         result = carry_on(script, folder, "--total-timesteps", 150, flag, value)
         assert_one_line_error(result, f"--resume cannot change {flag}, which is")
     flags = ["--total-timesteps", 150, "--learning-rate", 0.003, beta[script is RLHF], 0.3]
-    code, out, err = carry_on(script, folder, *flags)
+    with mock.patch.object(read, "check_finite", side_effect=SystemExit(1)):
+        assert carry_on(script, folder, *flags)[0] == 1  # before another checkpoint
+    code, out, err = carry_on(script, folder)
     assert code == 0, (out, err)
     state, table = load(folder), metrics(folder)
     assert len(state["replay"]) == 150 and table[:-1] == metrics(plain(script))
@@ -346,6 +349,7 @@ register("Half", action_space=BOX(np.zeros(2, np.float32), np.float32([1, np.inf
 register("Dict", observation_space=gym.spaces.Dict(observation=BOX(-1, 1, (3,))))
 register("Pixels", observation_space=BOX(0, 255, (8, 8, 3), np.uint8))
 register("Discrete", action_space=gym.spaces.Discrete(3))
+register("Whole", action_space=BOX(0, 10, (1,), np.int64))
 register("Endless")
 
 BAD = {  # flags, and what the message has to say
@@ -367,7 +371,7 @@ BAD = {  # flags, and what the message has to say
 CASES = [(script, *case) for script in (AIHF, RLHF) for case in BAD.items()]
 CASES += [  # make_env is the same in both
     (AIHF, f"--env {name}-v0 --env-id {name}-v0", f"{name}-v0 needs a time limit")
-    for name in ("Half", "Dict", "Pixels", "Discrete", "Endless")
+    for name in ("Half", "Dict", "Pixels", "Discrete", "Whole", "Endless")
 ]
 CASES += [
     (AIHF, "--demo-weight 0 --preference-weight 0", "nothing to learn"),
@@ -402,6 +406,7 @@ def test_bad_run_folder(finished, script, change, flags, fragment):
     state = load(folder)
     change(state)
     torch.save(state, folder / "checkpoint.pt")
+    (folder / "args.json").write_text(json.dumps(state["args"]))
     before = files(folder)
     for flag in ("--resume", "--evaluate"):
         result = carry_on(script, folder, *flags.split(), flag=flag)
