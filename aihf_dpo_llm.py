@@ -150,6 +150,8 @@ def main() -> None:
         if state and not args.evaluate:
             load_optimizer(optimizer, state["optimizer"])
         log = state.get("log", [])  # rows of metrics.csv, one a step from 0
+        if len(log) - 1 > args.dpo_steps:
+            raise ValueError(f"the run has done {len(log) - 1} steps, more than --dpo-steps")
         track = read.tracker(args)
         run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, SCRIPT)
 
@@ -440,7 +442,7 @@ def save_model(model, tokenizer, folder: Path) -> None:
 def parse_args() -> tuple[Args, dict]:
     """Arguments: the given run's, the preset's, the flags (the last wins); the run's checkpoint."""
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
-    state = read.checkpoint(args.evaluate or args.resume, SCRIPT)
+    state = read.checkpoint(args.evaluate or args.resume, SCRIPT, go_on=not args.evaluate)
     preset = PRESETS[args.preset].split() if args.preset else []
     args = tyro.cli(Args, default=Args(**state.get("args", {})), args=preset + sys.argv[1:])
     read.check_numbers(args, MAY_BE_ZERO)

@@ -234,6 +234,8 @@ def main() -> None:
         for name in learned if state and not args.evaluate else ():
             load_optimizer(optimizers[name], state[f"{name}_optimizer"])
         memory, log = state.get("memory", []), state.get("log", [])  # τ' for g1; metrics.csv
+        if len(log) - 1 > args.ppo_steps:
+            raise ValueError(f"the run has done {len(log) - 1} steps, more than --ppo-steps")
         track = read.tracker(args)
         run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, SCRIPT)
 
@@ -614,7 +616,7 @@ def parse_args() -> tuple[Args, dict]:
     """The run's arguments (--resume, --evaluate) or the defaults, then the preset, then the flags:
     the last wins. And the run's checkpoint, or {}."""
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])  # which preset, which run
-    state = read.checkpoint(args.evaluate or args.resume, SCRIPT)
+    state = read.checkpoint(args.evaluate or args.resume, SCRIPT, go_on=not args.evaluate)
     preset = PRESETS[args.preset].split() if args.preset else []
     args = tyro.cli(Args, default=Args(**state.get("args", {})), args=preset + sys.argv[1:])
     read.check_numbers(args, MAY_BE_ZERO)

@@ -503,7 +503,7 @@ def parse_args() -> tuple[Args, dict]:
     """The arguments of the run to carry on or to evaluate, then the command line; and that run's
     checkpoint, else {}."""
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
-    state = read.checkpoint(args.evaluate or args.resume, SCRIPT)
+    state = read.checkpoint(args.evaluate or args.resume, SCRIPT, go_on=not args.evaluate)
     args = tyro.cli(Args, default=Args(**state.get("args", {})))
     read.check_numbers(args, "seed demo_weight preference_weight gradient_penalty", "reward_range")
     if args.demo_weight == args.preference_weight == 0:

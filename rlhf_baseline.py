@@ -244,7 +244,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         if state:
             if state["data_hash"] != data_hash:
                 raise ValueError(f"the run learned from other data than {data_dir} now holds")
-            not_learned = args.kl_coefficient or state["sac"]["beta_square"]["log"] == 0
+            not_learned = args.kl_coefficient or not state["sac"]["beta_square"]["log"]
             fixed = {"beta": sac["beta"]} if not_learned else {}
             tree_map(Tensor.copy_, sac, state["sac"] | fixed)
             averaged.load_state_dict(state["averaged"])
@@ -265,7 +265,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         seconds = time.perf_counter() - started + (log[-1]["charts/wall_seconds"] if log else 0)
         log.append(dict(zip(counts, (iteration, step, step, seconds))) | row)  # env steps: SAC's
         read.write_csv(run_dir / "metrics.csv", log)
-        track(log[-1], step=step)
+        track(log[-1], step=step or len(log) - 1)  # stages 1 and 2 have steps of their own
         if save:
             state = {"script": f"{SCRIPT} mujoco", "args": asdict(args), "data_hash": data_hash}
             state |= {"log": log, "sac": sac, "averaged": averaged.state_dict()}
@@ -750,6 +750,8 @@ def llm(args: LlmArgs, state: dict) -> None:
             load_optimizer(optimizers[name], state[f"{name}_optimizer"])
         log = state.get("log", [])  # rows of metrics.csv
         stage, first_step = (log[-1][f"charts/{x}"] for x in ("stage", "step")) if log else (1, 0)
+        if stage == 3 and first_step > args.ppo_steps:
+            raise ValueError(f"the run has done {first_step} steps, more than --ppo-steps")
         track = read.tracker(args)
         run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, f"{SCRIPT} llm")
 
@@ -764,7 +766,7 @@ def llm(args: LlmArgs, state: dict) -> None:
         episodes = step * args.batch_size if stage == 3 else 0
         log.append({"charts/stage": stage, "charts/step": step, "charts/episodes": episodes})
         log[-1] |= {"charts/wall_seconds": seconds} | row
-        track(log[-1])
+        track(log[-1], step=len(log) - 1)
         if save:
             state = {"script": f"{SCRIPT} llm", "args": asdict(args), "data_hash": data_hash}
             state["log"] = log
@@ -1142,7 +1144,7 @@ def parse_args() -> tuple:
     language = Annotated[LlmArgs, tyro.conf.subcommand("llm")]
     args = tyro.cli(robots | language, description=__doc__.split("\n\n")[0])
     kind, script = type(args), f"{SCRIPT} {sys.argv[1]}"
-    state = read.checkpoint(args.evaluate or args.resume, script)
+    state = read.checkpoint(args.evaluate or args.resume, script, go_on=not args.evaluate)
     preset = PRESETS.get(getattr(args, "preset", ""), "")
     args = tyro.cli(kind, default=kind(**state.get("args", {})), args=preset.split() + sys.argv[2:])
     return args, state

@@ -150,16 +150,9 @@ def draw(truth: np.ndarray, policies: dict, path: Path) -> None:
     for method in ("SFT", "RLHF", "AIHF"):
         pi = policies[COVERED][counts[-1]][method]
         mean, std = pi.mean(0), pi.std(0)
-        left.plot(
-            actions,
-            mean,
-            color=colors[method],
-            label=method,
-            linestyle="--" if method == "RLHF" else "-",
-        )
-        left.fill_between(
-            actions, mean - std, mean + std, color=colors[method], alpha=0.2, linewidth=0
-        )
+        style = {"color": colors[method]}
+        left.plot(actions, mean, "--" if method == "RLHF" else "-", label=method, **style)
+        left.fill_between(actions, mean - std, mean + std, alpha=0.2, linewidth=0, **style)
     left.plot(actions, truth, color="black", linestyle="--", linewidth=1, label="truth")
     left.axvline(COVERED + 0.5, color="tab:red", linestyle=":")
     left.set(xlabel=f"action (demonstrated: 1 to {COVERED})", ylabel="probability", ylim=(0, None))
@@ -170,14 +163,8 @@ def draw(truth: np.ndarray, policies: dict, path: Path) -> None:
     for axis, (covered, by_count) in zip(axes[1:], policies.items()):
         for method, color in colors.items():
             distance = [total_variation(by_count[count][method], truth) for count in counts]
-            axis.errorbar(
-                counts,
-                np.mean(distance, 1),
-                np.std(distance, 1),
-                color=color,
-                label=method,
-                capsize=2,
-            )
+            mean, std = np.mean(distance, 1), np.std(distance, 1)
+            axis.errorbar(counts, mean, std, color=color, label=method, capsize=2)
         axis.set(xscale="log", yscale="log", ylim=(0.006, 0.2), xlabel="preferences a pair")
         axis.set_xticks(counts, counts)
         axis.set_yticks((0.01, 0.03, 0.1), (0.01, 0.03, 0.1))

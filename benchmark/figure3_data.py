@@ -34,7 +34,7 @@ FILES = ("low.npz", "medium.npz", "high.npz")
 class Args:
     output_dir: Path  # a folder that does not exist yet
     env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "Hopper-v4"  # whose data it is
-    data_dir: str = ""  # the data to vary; "": data_gen/assets/mujoco/<env>
+    data_dir: str = ""  # what mujoco_data.py made; "": data_gen/assets/mujoco/<env>
     share: float = 1.0  # of the pairs that are kept
     flip: float = 0.0  # share of these whose label is flipped
     demos: int | None = None  # how many demonstrated episodes are kept, the first ones

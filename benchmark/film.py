@@ -80,6 +80,8 @@ if __name__ == "__main__":
     with read.input_errors():
         args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
         read.check_numbers(args, "seed first_second")
+        if 100 % args.frames_per_second:
+            raise ValueError("--frames-per-second must divide 100: a GIF counts in hundredths")
         path = args.output or args.run / "film.gif"
         frames = film(*load(args.run, args), args)
         write(frames, path, args)

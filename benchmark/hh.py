@@ -74,10 +74,8 @@ def runs_of(rows: list[dict], start: str, method: str) -> list[dict[str, np.ndar
 
 
 def table(rows: list[dict]) -> str:
-    lines = [
-        "| from | trained by | seeds | judge, final | best | KL | win rate | correlation | min |"
-    ]
-    lines.append("|---" * 9 + "|")
+    heads = "from | trained by | seeds | judge, final | best | KL | win rate | correlation | min"
+    lines = [f"| {heads} |", "|---" * 9 + "|"]
     for start in STARTS:
         for method in METHODS:
             if runs := runs_of(rows, start, method):

@@ -132,11 +132,17 @@ def fall(run: dict) -> float:
 
 
 def lead_at_equal_kl(run: dict, rlhf: dict) -> float:
-    """The run's ground truth at its end minus RLHF's where it passed the same KL to the base model
-    on its way up, between two evaluations; nan where it never did."""
-    way_up = np.maximum.accumulate(rlhf["kl"])[: rlhf["kl"].argmax() + 1]
-    passed, nowhere = rlhf["gt_score"][: len(way_up)], {"left": np.nan, "right": np.nan}
-    return run["gt_score"][-1] - np.interp(run["kl"][-1], way_up, passed, **nowhere)
+    """The run's ground truth minus RLHF's where each first passed, between two evaluations, the KL
+    to the base model at which the run ends; nan where RLHF never did, or began beyond it."""
+    kl = run["kl"][-1]
+
+    def first_passage(curve: dict) -> float:
+        i = (curve["kl"] >= kl).argmax()  # 0 also where it never is
+        return (
+            np.interp(kl, *(curve[x][i - 1 : i + 1] for x in ("kl", "gt_score"))) if i else np.nan
+        )
+
+    return first_passage(run) - first_passage(rlhf)
 
 
 def table(rows: list[dict], sizes: list[tuple[str, str]], name: str = "llm") -> str:
@@ -239,14 +245,13 @@ def draw_all(rows: list[dict], scores: list[dict], begin: str) -> None:
         plt.close(figure)
 
     truth = "ground-truth score"
-    figure, axes = panels(2)
-    for axis, x in zip(axes, ("policy_steps", "seconds")):
-        for method in ("aihf-ppo", "rlhf", "aihf-ppo-sft")[: 3 if x == "policy_steps" else 2]:
-            draw_curves(axis, rows, method, MAIN, x)  # AIHF's seconds from SFT leave out SFT's
-        label, color = METHODS["sft"]
-        level = np.mean([run["gt_score"] for run in runs_of(rows, "sft", MAIN).values()])
-        axis.axhline(level, color=color, linewidth=1, label=label)
-    finish(figure, "figure6.png", ["PPO steps", "seconds, all stages"], [truth] * 2)
+    figure, (axis,) = panels(1)
+    for method in ("aihf-ppo", "rlhf", "aihf-ppo-sft"):
+        draw_curves(axis, rows, method, MAIN, "policy_steps")
+    label, color = METHODS["sft"]
+    level = np.mean([run["gt_score"] for run in runs_of(rows, "sft", MAIN).values()])
+    axis.axhline(level, color=color, linewidth=1, label=label)
+    finish(figure, "figure6.png", ["PPO steps"], [truth])
 
     if len({(row["demonstrations"], row["preferences"]) for row in rows}) > 1:
         figure, axes = panels(3, sharey=True)

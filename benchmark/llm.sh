@@ -36,7 +36,6 @@ run() { # method demonstrations preferences seed
   [ "$1$3" = rlhf300 ] && flags=(--reward-epochs 7)
   [ "$1$2" = rlhf100 ] && flags=(--sft-epochs 30)
   [ "$1$2" = rlhf300 ] && flags=(--sft-epochs 10)
-  [ "$2" = 3000 ] && flags+=(--eval-every 3) # Figure 9 wants many points
   case $1 in dpo | random | *-sft) flags+=(--sft-model-path "$sft") ;; esac
   [ "$1" = dpo ] && flags+=(--demo-weight 0)
   [ "$1" = random ] && flags+=(--reward-learning-rate 1e-12)

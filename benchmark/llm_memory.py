@@ -9,7 +9,8 @@ and bfloat16 autocast. Models of one and two layers go forward in shapes alone, 
 that they save for backward is counted; the rest is arithmetic:
 
 - states: 4 bytes a parameter for policy, reference, reward and value, 4 for the gradients of two of
-  them, 8 for Adam's moments of three; each process has its share.
+  them, 8 for Adam's moments of three; each process has its share. --sft-model-path adds the base
+  model, 4 bytes a parameter of the policy, here and at the start.
 - gathered: the parameters of a block in use and of the next, and what stands outside of blocks.
 - activations: of a forward pass of the policy on --micro-batch-size rows, or of the reward on four
   times as many (both sides of both kinds of data), whichever is more.
@@ -77,10 +78,10 @@ class Args:
     growth: bool = False  # print how a run on the embedded model grows instead
 
 
-def parameters(config) -> tuple[int, int, int]:
-    """How many a causal language model has, how many of them in a block, and outside of blocks."""
+def parameters(config, kind: str) -> tuple[int, int, int]:
+    """How many a model of this kind has, how many of them in a block, and outside of blocks."""
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = getattr(transformers, f"AutoModelFor{kind}").from_config(config)
     blocks = max((x for x in model.modules() if isinstance(x, torch.nn.ModuleList)), key=len)
     count, block = (sum(p.numel() for p in x.parameters()) for x in (model, blocks[0]))
     return count, block, count - len(blocks) * block
@@ -133,7 +134,8 @@ def table() -> list[str]:
     columns += ("with `--gradient-checkpointing`", "a process of 1, 2, 4, 8", "the same with it")
     lines = ["| " + " | ".join((*columns, "checkpoint", "host at start")) + " |", "|---" * 10 + "|"]
     for policy, reward, prompt, response, rows in SETTINGS:
-        (p, *of_policy), (r, *of_reward) = (parameters(CONFIGS[name]) for name in (policy, reward))
+        p, *of_policy = parameters(CONFIGS[policy], "CausalLM")
+        r, *of_reward = parameters(CONFIGS[reward], "SequenceClassification")
         own = activations(policy, rows, prompt + response, response + 1)
         others = activations(reward, 4 * rows, prompt + response, 0)
         most = [max(pair) for pair in zip(own, others)]

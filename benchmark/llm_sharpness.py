@@ -42,10 +42,7 @@ def distinct(texts: list[str]) -> float:
 def judged(prompts: list[str], responses: list[str], judges: dict) -> dict[str, float]:
     """Means of each judge's scores, and the share of different word pairs."""
     texts = [x + y for x, y in zip(prompts, responses)]
-    row = {
-        name: in_parts(judge.score, judge.args, texts).mean().item()
-        for name, judge in judges.items()
-    }
+    row = {x: in_parts(y.score, y.args, texts).mean().item() for x, y in judges.items()}
     return row | {"distinct_bigrams": distinct(responses)}
 
 

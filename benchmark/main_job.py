@@ -134,7 +134,7 @@ def draw(rows: list[dict], path: Path) -> None:
         for axis, title, column in zip(axes[:, i], PANELS, (1, 4, 5, 6)):
             for curve in curves:
                 axis.plot(curve[:, 0], curve[:, column], color="tab:orange", alpha=0.35, lw=1)
-            mean, label = np.mean(curves, axis=0), f"AIHF, mean of {len(curves)} seeds"
+            mean, label = np.mean(curves, axis=0), "AIHF, mean of seeds"
             axis.plot(mean[:, 0], mean[:, column], color="tab:orange", lw=2, label=label)
             axis.set_ylabel(title if i == 0 else "")
         for tier, (name, style) in TIERS.items():
@@ -142,7 +142,7 @@ def draw(rows: list[dict], path: Path) -> None:
             axes[0, i].axhline(level, color="gray", linestyle=style, linewidth=1, label=name)
         for axis, level in zip(axes[1:, i], (0.85, 0.5, 0.05)):  # what was aimed at
             axis.axhline(level, color="gray", linestyle=":", linewidth=1, label="aim")
-        axes[0, i].set_title(env)
+        axes[0, i].set_title(f"{env}, {len(curves)} seeds")
         axes[-1, i].set_xlabel("SAC steps")
     for axis in axes[:2, 0]:
         axis.legend(frameon=False, fontsize=8)

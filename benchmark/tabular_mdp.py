@@ -237,13 +237,10 @@ def exact_limit(problem: Problem) -> Tensor:
 def baselines(problem: Problem) -> dict[str, Tensor]:
     """SFT, RLHF and RLHF's reward without its SFT: policies (S, A)."""
     mdp, prior, beta = problem[:3]
-    counts = np.bincount(problem.demos[problem.demos >= 0], minlength=prior.numel()).reshape(
-        prior.shape
-    )
-    counts = torch.from_numpy(counts).double()
-    sft = torch.where(
-        counts.sum(-1, keepdim=True) > 0, counts / counts.sum(-1, keepdim=True), prior
-    )
+    counts = np.bincount(problem.demos[problem.demos >= 0], minlength=prior.numel())
+    counts = torch.from_numpy(counts).double().view_as(prior)
+    shown = counts.sum(-1, keepdim=True)
+    sft = torch.where(shown > 0, counts / shown, prior)
     reward = exact_limit(problem._replace(alpha=0.0)).view_as(prior)  # (12)
     return {
         "SFT": sft,

@@ -85,10 +85,11 @@ def parse(rows: list[tuple[str, str]]) -> tuple[list[dict], dict[str, int]]:
 
 
 def divide(scores: np.ndarray, demonstrations: int, preferences: int, rng) -> list[np.ndarray]:
-    """Disjoint indices of demonstrations (highest score first), preferences (random), the rest."""
+    """Disjoint indices of demonstrations (highest score first), preferences and the rest, these in
+    random order: rows of the hub's parts, which follow each other, are mixed."""
     order = np.argsort(-scores, kind="stable")
     others = rng.permutation(np.sort(order[demonstrations:]))
-    return [order[:demonstrations], np.sort(others[:preferences]), np.sort(others[preferences:])]
+    return [order[:demonstrations], others[:preferences], others[preferences:]]
 
 
 # --------------------------------------------------------------------------------------- scoring

@@ -128,9 +128,11 @@ def clean(text: str) -> str:
 def labelled(data: str, split: str, tokenizer: Tokenizer) -> tuple[list[np.ndarray], np.ndarray]:
     """Token ids and labels (1 positive, 0 negative) of the labelled reviews of a split."""
     rows = read.rows(data, "text", split=split, unchecked="label")
+    if others := {label for _, label in rows} - {None, -1, 0, 1}:
+        raise ValueError(f"{split} of {data} has labels that are not 0 or 1: {str(others)[:60]}")
     ids = encode(tokenizer, [clean(text) for text, _ in rows], f"1/3 {split} tokens")
     kept = [i for i, (_, label) in enumerate(rows) if label in (0, 1) and len(ids[i])]
-    labels = np.array([rows[i][1] for i in kept])
+    labels = np.array([int(rows[i][1]) for i in kept])
     if len(set(labels.tolist())) < 2:
         raise ValueError(f"{split} of {data} needs reviews with label 0 and with label 1")
     return [ids[i] for i in kept], labels
@@ -224,15 +226,18 @@ def train(model, batch_loss, args: Training, work_dir: Path, data_hash: str) -> 
             loss = batch_loss(np.random.default_rng([args.seed, step]))
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        read.check_finite(step, work_dir, loss=loss, gradient=norm)
         optimizer.step()
-        read.check_finite(step, work_dir, loss=loss)
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
             state = {"script": SCRIPT, "recipe": recipe, "step": step + 1}
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             read.write_whole(path, lambda path: torch.save(state, path))
-    model.half().float().eval()  # as it will be stored
+    with torch.no_grad():
+        for parameter in model.parameters():  # as they will be stored
+            parameter.copy_(parameter.half())
+    model.eval()
 
 
 def seed_torch(*seed: int) -> None:
@@ -328,9 +333,8 @@ def pretrain(args: Pretrain, device: torch.device, output_dir: Path, work_dir: P
     samples = [tokenizer.decode(row) for row in samples.tolist()]  # without special tokens
     special = {"bos_token": SEPARATOR, "eos_token": SEPARATOR, "pad_token": PAD}
     special |= {"model_max_length": args.context, "clean_up_tokenization_spaces": False}
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, padding_side="left", **special
-    )
+    special |= {"padding_side": "left"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     trained_on = args.steps * args.batch_size * args.context
     found = {
         "reviews": {"trained_on": len(train_texts), "held_out": len(heldout)},
@@ -507,7 +511,10 @@ def train_policies(args: Tiers, work_dir: Path, prompts: int) -> dict[int, Path]
         if not policies[step].exists():
             script = Path(__file__).resolve().parents[1] / "rlhf_baseline.py"
             resume = (run / "checkpoint.pt").exists()
-            words = ["--resume", str(run)] if resume else shlex.split(begin)
+            words = (
+                f"--resume {work}/ppo --prompts {work}/ppo_prompts.jsonl --threads {args.threads}"
+            )
+            words = shlex.split(words if resume else begin)
             command = [sys.executable, str(script), "llm", *words, "--ppo-steps", str(step)]
             if code := subprocess.run(command).returncode:
                 raise SystemExit(code)
@@ -524,7 +531,7 @@ def tiers(args: Tiers, device: torch.device, output_dir: Path, work_dir: Path) -
             raise ValueError(f"{args.model} has no token to begin a review with: give --data")
         prompts = write_prompts(model.to(device).eval(), fast, args)
         weights = [x.detach().cpu().numpy() for m in (model, truth) for x in m.parameters()]
-        made_from = read.fingerprint(prompts if args.data else [], *weights)
+        made_from = read.fingerprint(prompts, *weights)
         may_change = {"output_dir": "", "work_dir": "", "threads": ""}
         recipe = json.dumps(asdict(args) | may_change | {"made_from": made_from})
         path = work_dir / "recipe.json"

@@ -135,8 +135,8 @@ def from_minari(dataset_id: str, npz: Path, episodes: int = 0) -> str:
 
     if episodes < 0:
         raise ValueError(f"--episodes must not be negative, not {episodes}; 0 takes all")
-    if npz.is_dir() or not npz.parent.is_dir():
-        raise ValueError(f"cannot write {npz}: it is a folder, or its folder is not there")
+    if npz.is_dir():
+        raise ValueError(f"cannot write {npz}: it is a folder")
     if not (path / "data").exists():
         raise ValueError(f"no dataset {dataset_id} here; see `minari list local` and `download`")
     try:
@@ -155,7 +155,7 @@ def from_minari(dataset_id: str, npz: Path, episodes: int = 0) -> str:
         fields["truncations"] = np.where(fields["terminations"] == 1, 0, fields["truncations"])
         parts.append(as_stored(fields, f"episode {index} of {dataset_id}"))
     arrays = {key: np.concatenate([fields[key] for fields in parts]) for key in ARRAYS}
-
+    npz.parent.mkdir(parents=True, exist_ok=True)
     write.arrays(npz, arrays)
     return f"wrote {npz}: {len(parts)} episodes, {len(arrays['rewards'])} steps"
 

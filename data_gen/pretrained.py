@@ -64,8 +64,10 @@ def main() -> None:
     with read.input_errors():
         args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
         transformers.logging.disable_progress_bar()
-        model, tokenizer = globals()[args.model](package_folder(PACKAGES[args.model]))
         folder = Path(args.output_dir or f"runs/{args.model}")
+        if folder.exists() and not (folder / "config.json").exists():
+            raise ValueError(f"{folder} is there and no model; give another --output-dir")
+        model, tokenizer = globals()[args.model](package_folder(PACKAGES[args.model]))
 
         def write(path: Path) -> None:
             model.save_pretrained(path)

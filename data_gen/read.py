@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -36,6 +37,8 @@ def input_errors():
         getattr(stream, "reconfigure", lambda errors: None)(errors="replace")
     try:
         yield
+    except KeyboardInterrupt:  # before a run says how to carry on
+        raise SystemExit(130) from None
     except Exception as error:  # libraries raise almost anything on a bad file, name or number
         where = ""
         if not isinstance(error, ValueError | OSError | ImportError):  # perhaps a mistake in a fork
@@ -156,17 +159,18 @@ def open_run(args, script: str) -> Path:
 
     def say_how_to_carry_on() -> None:
         saved = (folder / "checkpoint.pt").exists()
-        how = f"carry on with: python {script} --resume {folder}" if saved else "nothing is saved"
+        how = f"carry on with: python {script} --resume {shlex.quote(str(folder))}"
+        how = how if saved else "nothing is saved"
         print(f"\nstopped; {how}", flush=True)
 
     def interrupt(signum, frame):
         if writes() or signum == signal.SIGTERM:
             say_how_to_carry_on()
-        raise SystemExit(128 + signum)
+        sys.exit(128 + signum)
 
-    def crash(*error):
+    def crash(*error, hook=sys.excepthook):  # wandb's, if there is one
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # lest the line come twice
-        sys.__excepthook__(*error)
+        hook(*error)
         say_how_to_carry_on()
 
     signal.signal(signal.SIGINT, interrupt)
@@ -196,13 +200,13 @@ def tracker(args):
         return lambda row, step=None: None
     import wandb
 
-    wandb.init(id=args.run_name, resume="allow", config=asdict(args))
+    wandb.init(id=args.run_name, resume="allow" if args.resume else None, config=asdict(args))
     return wandb.log
 
 
-def checkpoint(run: str, script: str) -> dict:
-    """The last checkpoint of a run of this script, with the arguments in args.json: those of a
-    --resume that ended before another checkpoint stand nowhere else; {} of no run."""
+def checkpoint(run: str, script: str, go_on: bool = False) -> dict:
+    """The last checkpoint of a run of this script; {} of no run. To go on, with the arguments in
+    args.json: those of a --resume that ended before another checkpoint stand nowhere else."""
     if not run:
         return {}
     path = Path(run) / "checkpoint.pt"
@@ -214,10 +218,10 @@ def checkpoint(run: str, script: str) -> dict:
         raise ValueError(f"{path} is damaged ({one_line(error)}); begin the run anew") from None
     if not isinstance(state, dict) or state.get("script") != script:
         raise ValueError(f"{path} is no checkpoint of {script}")
-    if (given := path.with_name("args.json")).is_file():
-        args = json.loads(given.read_text()).items()
-        args = {key: tuple(x) if isinstance(x, list) else x for key, x in args if key != "script"}
-        state["args"] = args
+    if go_on:
+        last = json.loads(path.with_name("args.json").read_text()).items()
+        last = {key: tuple(x) if isinstance(x, list) else x for key, x in last if key != "script"}
+        state["args"] = last
     return state
 
 
@@ -345,8 +349,9 @@ def rows(name: str, columns: str, count: int = 0, split: str = "train", unchecke
             from datasets import load_dataset
 
             rows = list(load_dataset(name, split=split))
-    except ImportError:
-        raise ValueError(f"no file {name}; for the hub, pip install -e '.[hub]'") from None
+    except ImportError as error:
+        hub = f"for the hub, pip install -e '.[hub]' ({one_line(error)})"
+        raise ValueError(f"no file {name}; {hub}") from None
     except Exception as error:  # no JSON, no UTF-8, half a .gz; the network, the hub, the cache
         raise ValueError(f"cannot read {path} ({one_line(error)})") from None
     if len(rows) < max(count, 1):

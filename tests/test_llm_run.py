@@ -392,6 +392,7 @@ def test_a_finished_run(tmp_path, script, world, finished, plain):
     steps = int(last["charts/step"])
     paths = [(f"--{x}-model-path", world / "gpt2") for x in ("sft", "reward")]
     own = of(script, ppo=paths[1:], dpo=[], rlhf=[*paths, ("--held-out-share", 0.2)])
+    assert_one_line_error(resume(script, finished, script.steps, 1), f"more than {script.steps}")
     for flag, value in (("--seed", 2), ("--run-name", "x"), *own):
         result = resume(script, finished, script.steps, steps + 1, flag, value)
         assert_one_line_error(result, f"--resume cannot change {flag}, which is")
@@ -1023,10 +1024,16 @@ def test_tracking_is_asked_for_and_may_refuse(tmp_path, script, world, monkeypat
     start = next(row for _, row in rows if row["charts/step"] == 0)
     assert "eval/kl" in start and [row for _, row in rows].count(start) == 1
     step, row = rows[-1]
-    assert row["charts/step"] == 1 and step == of(script, ppo=1, dpo=1, rlhf=None)
+    last = len(metrics(folder)) - 1
+    assert row["charts/step"] == 1 and step == of(script, ppo=1, dpo=1, rlhf=last)
+    assert settings["resume"] is None
     assert {k: f"{v:.9g}" for k, v in row.items()} == {
         k: v for k, v in metrics(folder)[-1].items() if v
     }
     rows.clear()
     assert resume(script, folder, "--track", script.steps, 2)[0] == 0
-    assert [step for step, _ in rows] == of(script, ppo=[1, 2], dpo=[2], rlhf=[None])
+    assert [step for step, _ in rows] == of(script, ppo=[1, 2], dpo=[2], rlhf=[last + 1])
+    assert settings["resume"] == "allow"
+    rows.clear()
+    assert run_script(script.module, [*script.command, "--evaluate", folder], tmp_path)[0] == 0
+    assert not rows  # an evaluation is not tracked

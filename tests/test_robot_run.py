@@ -153,7 +153,7 @@ def test_compiling_changes_nothing(tmp_path, data, plain, monkeypatch, script, c
 
 @both
 def test_tracking_is_asked_for(tmp_path, data, monkeypatch, script):
-    """Every row but AIHF's row of zeros, at its SAC step."""
+    """Every row but AIHF's row of zeros, at its SAC step; of stages 1 and 2 in their order."""
     monkeypatch.setitem(sys.modules, "wandb", None)  # to import it would raise
     assert_one_line_error(execute(script, tmp_path, data, "--track"), "wandb")
     assert not (tmp_path / "runs").exists()
@@ -164,8 +164,9 @@ def test_tracking_is_asked_for(tmp_path, data, monkeypatch, script):
     table = metrics(run(script, tmp_path, data, "--track"))[script is AIHF :]
     settings, *logged = calls
     assert settings["id"] == "run" and settings["config"]["total_timesteps"] == 120
-    for (step, row), written in zip(logged, table, strict=True):
-        assert str(step) == written["charts/sac_steps"]
+    assert [step for step, _ in logged[:2]] == ([30, 60] if script is AIHF else [0, 1])
+    for i, ((step, row), written) in enumerate(zip(logged, table, strict=True)):
+        assert str(step) == written["charts/sac_steps"] or i == 1 and script is RLHF
         assert {k: f"{v:.9g}" for k, v in row.items()} == {k: v for k, v in written.items() if v}
 
 
