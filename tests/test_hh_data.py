@@ -56,8 +56,9 @@ def files(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("files")
     save_reward_model(folder / "one", 1)
     save_reward_model(folder / "two", 2)
-    with gzip.open(folder / "train.jsonl.gz", "wt") as file:
-        file.write("\n".join(map(json.dumps, dialogues(40))))
+    for split, rows in (("train", dialogues(40)), ("other", dialogues(41)[1:])):
+        with gzip.open(folder / f"{split}.jsonl.gz", "wt") as file:
+            file.write("\n".join(map(json.dumps, rows)))
     return folder
 
 
@@ -115,7 +116,7 @@ def test_split(tmp_path, files, model, max_length):
 
 def test_seed_and_resume(tmp_path, files, monkeypatch):
     """Another seed draws other preferences; a scoring that was stopped carries on and gives the
-    same files; scores of another model, or of one whose weights have changed, are not taken."""
+    same files; scores that another flag, model or data would change are not taken."""
     for name in "abc":
         (tmp_path / name).mkdir()
     whole = make(files, tmp_path / "a")
@@ -137,17 +138,22 @@ def test_seed_and_resume(tmp_path, files, monkeypatch):
     assert not list((tmp_path / "c" / "out").glob("*.json*"))
     calls[:] = [None] * 6
     assert make(files, tmp_path / "c") == whole and len(calls) == 6 + 10 - 4  # 4 batches were saved
-    assert make(files, tmp_path / "c", reward_model=files / "two") != whole and len(calls) == 22
-    (tmp_path / "c" / "out" / "checkpoint.pt").write_bytes(b"half")
+    changes, path = {}, tmp_path / "c" / "out" / "checkpoint.pt"
+    every = {"dtype": "bfloat16", "max_length": 8, "split": "other", "reward_model": files / "two"}
+    for name, value in every.items():
+        changes[name], before, calls[:] = value, torch.load(path)["scores"], [None] * 6
+        make(files, tmp_path / "c", **changes)
+        assert len(calls) == 6 + 10 and (torch.load(path)["scores"] != before).any(), name
+    path.write_bytes(b"half")
     helpers.assert_one_line_error(execute(files, tmp_path / "c"), "checkpoint.pt", "damaged")
 
 
 def test_prompts_alone_need_no_model(tmp_path, files):
     made = make(files, tmp_path, demonstrations=0, preferences=0, reward_model="")
     assert not made["demonstrations"] and not made["preferences"]
-    assert [row["prompt"] for row in made["prompts"]] == [
-        row["chosen"].rpartition("Assistant:")[0] + "Assistant:" for row in dialogues(40)
-    ]
+    prompts = [row["prompt"] for row in made["prompts"]]
+    texts = [row["chosen"].rpartition("Assistant:")[0] + "Assistant:" for row in dialogues(40)]
+    assert sorted(prompts) == sorted(texts) and prompts != texts  # in random order
 
 
 Q = "\n\nHuman: Hi\n\nAssistant:"
@@ -187,6 +193,8 @@ def test_divide():
     best, pairs, rest = hh_data.divide(scores, 3, 2, np.random.default_rng(0))
     assert best.tolist() == [5, 1, 3]  # the earlier of two equals first
     assert sorted([*pairs, *rest]) == [0, 2, 4] and len(pairs) == 2
+    others = hh_data.divide(np.zeros(100), 0, 50, np.random.default_rng(0))[1:]
+    assert all((np.diff(rows) < 0).any() for rows in others)  # the hub's parts are mixed
 
 
 @pytest.mark.parametrize(
@@ -217,7 +225,8 @@ def test_bad_inputs(tmp_path, files, flags, fragment):
 
 def test_bad_reward_models(tmp_path, files):
     """A language model is refused: transformers would give it a random head. So are a head of
-    three outputs, a tokenizer larger than the model, and one that leaves nothing of any text."""
+    three outputs, a tokenizer larger than the model, one that leaves nothing of any text, and
+    scores that are no numbers."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(files / "one")
     config = transformers.AutoConfig.from_pretrained(files / "one")
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "lm")
@@ -230,12 +239,12 @@ def test_bad_reward_models(tmp_path, files):
     path = tmp_path / "mute" / "tokenizer.json"
     nothing = {"type": "Replace", "pattern": {"Regex": r"[\s\S]"}, "content": ""}
     helpers.change_json(path, normalizer=nothing)
-    for name, fragment in {
-        "lm": "head",
-        "three": "head",
-        "large": "tokenizer",
-        "mute": "tokenizer",
-    }.items():
+    wrong = {"lm": "head", "three": "head", "large": "tokenizer", "mute": "tokenizer"}
+    for name, fragment in wrong.items():
         result = execute(files, tmp_path, reward_model=tmp_path / name)
         helpers.assert_one_line_error(result, name, fragment)
     assert not os.path.exists(tmp_path / "out")
+    folder = save_reward_model(tmp_path / "nan", 1)
+    helpers.change_json(folder / "config.json", layer_norm_epsilon=-1e9)
+    result = execute(files, tmp_path, reward_model=folder)
+    helpers.assert_one_line_error(result, "scores is not finite", code=1)

@@ -574,7 +574,7 @@ POLICIES = having("Policy")
 
 
 def make_policy(script, folder: Path, kind: str, **changes):
-    args = {"max_prompt_length": 5, "response_length": 6, "micro_batch_size": 2, **changes}
+    args = {"max_prompt_length": 6, "response_length": 6, "micro_batch_size": 2, **changes}
     name = save(folder, kind, word_tokenizer(VOCABULARY))
     return script.Policy(name, arguments(script, **args))
 
@@ -679,8 +679,8 @@ def test_scores_are_the_classifiers(tmp_path, script, kind, labels):
     rounded = script.Scorer(name, arguments(script, dtype="bfloat16"), True)  # a judge is exact
     rounded.offset += 0.25
     torch.testing.assert_close(rounded.score(TEXTS), scorer.score(TEXTS), atol=1e-5, rtol=1e-5)
-    learned = script.Scorer(name, arguments(script, dtype="bfloat16")).score(TEXTS)
-    assert learned.dtype == torch.float32
+    learned = script.Scorer(name, arguments(script, dtype="bfloat16")).score(TEXTS) - 0.25
+    assert learned.dtype == torch.float32 and 1e-5 < (learned - scores).abs().max() < 0.1
     long = scorer.score(
         ["film " * 20 + "plot", "awful " * 20 + "film " * 9 + "plot", "plot film plot"]
     )

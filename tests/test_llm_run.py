@@ -520,6 +520,8 @@ def test_presets_are_the_papers_and_flags_beside_them_win(script):
     assert (imdb.learning_rate, imdb.reward_learning_rate) == (1.41e-5, 1e-5)
     assert (hh.reward_model_path, hh.reward_batch_size) == ("EleutherAI/pythia-1.4b", 8)
     assert (hh.batch_size, hh.reward_learning_rate, hh.dtype) == (4, 1e-5, "bfloat16")
+    assert (imdb.reward_batch_size, imdb.value_learning_rate) == (128, 1.41e-5)
+    assert hh.value_learning_rate == 1e-6 and getattr(hh, "reward_epochs", 1) == 1
     if script.module is aihf_ppo_llm:
         assert (imdb.policy_steps_per_iteration, imdb.reward_updates_per_iteration) == (20, 12)
         assert (hh.policy_steps_per_iteration, hh.reward_updates_per_iteration) == (6000, 20)
@@ -710,6 +712,9 @@ def test_two_processes_are_one(tmp_path, script, world, two_processes):
     (name,) = (name for name in SCRIPTS if SCRIPTS[name] is script)
     one, two, then_two = (two_processes / f"{name}_{x}" for x in ("one", "two", "one_then_two"))
     assert_same_but_for_rounding(one, two)
+    if script.module is aihf_ppo_llm:  # no pair is close
+        first, second = (metrics(x)[1]["rewards/accuracies"] for x in (one, two))
+        assert float(first) == pytest.approx(float(second))
     assert files(one).keys() == files(two).keys()
     for folder in (one, two):
         folder = shutil.copytree(folder, tmp_path / f"{folder.name}_then_one")
@@ -982,6 +987,7 @@ BAD = {  # flags, or what makes them of the world and a folder; the line. More o
 BAD_PPO = {  # of the scripts that have these flags
     "minibatches": (["--minibatch-size", 3], "--minibatch-size divides"),
     "lambda": (["--gae-lambda", 1.5], "--gae-lambda"),
+    "no prompt to learn on": (["--eval-prompts", 24], "--eval-prompts"),
     "nothing": (["--demo-weight", 0, "--preference-weight", 0], "nothing to learn"),
     "no reward model": (["--reward-model-path", "./nowhere"], "./nowhere"),
     "no critic": (policy_of("ModernBertDecoder", num_attention_heads=2), "it is no critic"),
@@ -992,7 +998,7 @@ BAD_PPO = {  # of the scripts that have these flags
 def test_bad_input(tmp_path, script, world, case):
     """One clear line, exit code 2, and nothing is written."""
     flags, fragment = (BAD | BAD_PPO)[case]
-    flag = "--minibatch-size" if callable(flags) else flags[0]
+    flag = flags[0] if case in ("nothing", "no reward model") else "--minibatch-size"
     if case in BAD_PPO and not hasattr(arguments(script), flag[2:].replace("-", "_")):
         pytest.skip("the script has no such flag")
     flags = flags(world, tmp_path) if callable(flags) else flags

@@ -1,5 +1,5 @@
-"""data_gen/mujoco_data.py: tiny data sets made by the real command, kills and bad arguments; and
-the sets in the repository.
+"""data_gen/mujoco_data.py: tiny data sets made by the real command, its training against a slow
+reference, kills and bad arguments; and the sets in the repository.
 
 python -m pytest tests/test_mujoco_data.py
 """
@@ -7,6 +7,7 @@ python -m pytest tests/test_mujoco_data.py
 import hashlib
 import json
 import signal
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ import helpers
 import mujoco_data
 import numpy as np
 import pytest
+import slow_robot as slow
 import torch
 
 import aihf_sac_mujoco as aihf
@@ -139,26 +141,32 @@ def test_episodes_replay_in_the_environment(data):
             assert terminated == arrays["terminations"][step]
 
 
-def test_manifest(data):
-    manifest = json.loads((data / "manifest.json").read_text())
-    assert manifest["env_id"] == ENV and manifest["seed"] == 1
-    assert manifest["command"].startswith("python ") and f"--env {ENV}" in manifest["command"]
-    assert manifest["arguments"]["num_pairs"] == 60 and manifest["arguments"]["hidden"] == [8]
-    assert manifest["counts"] == {"pairs": 60, "segment_length": 3}
-    assert set(manifest["versions"]) == {"python", "gymnasium", "mujoco", "numpy", "torch"}
+def check_manifest(folder: Path, env_id: str) -> dict:
+    """The manifest, if the files are as it says."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    hashes = {name: hashlib.sha256(raw).hexdigest() for name, raw in data_files(folder).items()}
+    assert manifest["env_id"] == env_id and manifest["sha256"] == hashes
     assert list(manifest["tiers"]) == list(manifest["checkpoint_steps"]) == TIERS
-    assert set(manifest["checkpoint_steps"].values()) <= set(range(50, 301, 50))
-    hashes = {name: hashlib.sha256(raw).hexdigest() for name, raw in data_files(data).items()}
-    assert manifest["sha256"] == hashes
     for tier, row in manifest["tiers"].items():
-        arrays = helpers.read_arrays(data / f"{tier}.npz")
+        arrays = helpers.read_arrays(folder / f"{tier}.npz")
         ends = lengths_of(arrays).cumsum()
         returns = [part.sum() for part in np.split(arrays["rewards"].astype(float), ends[:-1])]
         assert (row["episodes"], row["steps"]) == (len(ends), ends[-1])
         assert row["return_mean"] == pytest.approx(np.mean(returns), rel=1e-4)
         assert row["return_std"] == pytest.approx(np.std(returns), rel=1e-4)
-    low, medium, high = (manifest["tiers"][tier]["return_mean"] for tier in TIERS)
-    assert low < medium <= high < 0  # negative returns, and in order
+    low, medium, high = (row["return_mean"] for row in manifest["tiers"].values())
+    assert low < medium <= high
+    return manifest
+
+
+def test_manifest(data):
+    manifest = check_manifest(data, ENV)
+    assert manifest["command"].startswith("python ") and f"--env {ENV}" in manifest["command"]
+    assert manifest["arguments"]["num_pairs"] == 60 and manifest["arguments"]["hidden"] == [8]
+    assert manifest["seed"] == 1 and manifest["counts"] == {"pairs": 60, "segment_length": 3}
+    assert set(manifest["versions"]) == {"python", "gymnasium", "mujoco", "numpy", "torch"}
+    assert set(manifest["checkpoint_steps"].values()) <= set(range(50, 301, 50))
+    assert manifest["random_return"] < -1 and manifest["tiers"]["high"]["return_mean"] < 0
 
 
 def test_pairs_lie_inside_episodes_and_the_learner_reads_them(data):
@@ -174,24 +182,26 @@ def test_pairs_lie_inside_episodes_and_the_learner_reads_them(data):
     )
     pairs = read.pairs(data, tiers, 3)  # checks that they lie inside episodes
     assert len(pairs) == 60 and {(a[0], b[0]) for a, b in pairs} == {("medium", "low")}
+    lengths, rng = {tier: tiers[tier].lengths for tier in TIERS}, np.random.default_rng([1, 3])
+    drawn = mujoco_data.draw_pairs(lengths, 3, 60, 0.0, rng)
+    assert rows == [{key: str(x) for key, x in pair.items()} for pair in drawn]
 
 
 @pytest.mark.parametrize("noise, low, high", [(0.0, 0.0, 0.0), (0.25, 0.22, 0.28), (1.0, 1.0, 1.0)])
 def test_labels(noise, low, high):
     """The share of labels against the medium segment is the noise; which side that is on is a
-    coin's throw; every start there is, and no other, is drawn."""
+    coin's throw; every start there is, and no other, is drawn, all alike."""
     rng, lengths = np.random.default_rng(0), {"medium": [9, 30], "low": [5, 4, 12]}
     pairs = mujoco_data.draw_pairs(lengths, 5, 4000, noise, rng)
     assert low <= 1 - medium_wins(pairs).mean() <= high
     assert 0.47 < np.mean([pair["tier_a"] == "medium" for pair in pairs]) < 0.53
     assert 0.47 < np.mean([pair["label"] for pair in pairs]) < 0.53
-    starts = {}
-    for pair in pairs:
-        for side in "ab":
-            key = pair[f"tier_{side}"], pair[f"episode_{side}"]
-            starts.setdefault(key, set()).add(pair[f"start_{side}"])
-    counts = {("medium", 0): 5, ("medium", 1): 26, ("low", 0): 1, ("low", 2): 8}  # low 1: too short
-    assert starts == {key: set(range(count)) for key, count in counts.items()}
+    keys = ("tier", "episode", "start")
+    found = Counter(tuple(p[f"{key}_{side}"] for key in keys) for p in pairs for side in "ab")
+    starts = {("medium", 0): 5, ("medium", 1): 26, ("low", 0): 1, ("low", 2): 8}  # low 1: too short
+    assert set(found) == {(*key, start) for key, count in starts.items() for start in range(count)}
+    for (tier, *_), count in found.items():
+        assert count == pytest.approx(4000 / {"medium": 31, "low": 9}[tier], rel=0.3)
 
 
 def test_same_seed_same_bytes_and_another_seed_differs(tmp_path, data):
@@ -200,22 +210,83 @@ def test_same_seed_same_bytes_and_another_seed_differs(tmp_path, data):
     assert all(second[name] != raw for name, raw in data_files(data).items())
 
 
-def test_a_fall_at_the_time_limit_is_a_fall():
-    env = SimpleNamespace(action_space=gym.spaces.Box(-1, 1, (1,)), action=lambda action: action)
+def test_random_actions_and_a_fall_at_the_time_limit():
+    env = SimpleNamespace(action_space=SimpleNamespace(shape=(1000,)), action=np.array)
     env.reset = lambda seed: (np.zeros(2), {})
     env.step = lambda action: (np.ones(2), 1.0, True, True, {})
     episode = mujoco_data.record(env, None, np.random.default_rng(0))
+    assert -1 < episode["actions"].min() < -0.99 < 0.99 < episode["actions"].max() < 1
     assert episode["terminations"].tolist() == [True]
     assert episode["truncations"].tolist() == [False]
 
 
+# ------------------------------------------------------------------- the training, step by step
+def slow_train(a) -> dict:
+    """SAC on the true reward in float64: what is in the last checkpoint."""
+    torch.manual_seed(a.seed)
+    actor, *critics = (slow.network(n, *a.hidden, out) for n, out in ((3, 4), (5, 1), (5, 1)))
+    sac, robot = slow.SAC(actor, critics, 1.0, True, a.gamma, a.tau), slow.Robot()
+    rng, replay, candidates = np.random.default_rng(a.seed), [], []
+    draw = lambda: rng.standard_normal(2, np.float32)  # noqa: E731
+    for step in range(1, a.total_timesteps + 1):
+        if step % a.checkpoint_every == 1:
+            obs = robot.reset(seed=int(rng.integers(2**31)))
+        random = step <= a.learning_starts
+        action = rng.uniform(-1, 1, 2) if random else slow.act(actor, obs, draw())
+        next_obs, reward, terminated, truncated = robot.step(action)
+        replay.append([*obs, *action, reward, *next_obs, terminated])
+        obs = robot.reset() if terminated or truncated else next_obs
+        if step >= a.learning_starts and step % 50 == 0:
+            index = rng.integers(step, size=(50, a.batch_size))
+            noise = rng.standard_normal((50, 2, a.batch_size, 2), np.float32)
+            batches = torch.from_numpy(np.array(replay)[index]).split([3, 2, 1, 3, 1], -1)
+            for s, action, r, next_s, ended, z in zip(*batches, torch.from_numpy(noise).double()):
+                sac.update(a.learning_rate, s, action, r[:, 0], next_s, ended[:, 0], z)
+        if step % a.checkpoint_every == 0:
+            played = [robot.episode(actor, rng.integers(2**31), draw)[2] for _ in range(3)]
+            policy = {f"net.{key}": p.clone() for key, p in actor.state_dict().items()}
+            candidates.append((step, np.concatenate(played).sum() / 3, policy))
+    state = {"sac": sac.state(), "replay": np.array(replay), "candidates": candidates}
+    return state | {"step": step, "rng": rng.bit_generator.state}
+
+
+def test_training_equals_a_slow_reference(tmp_path, monkeypatch):
+    """In float64. And it learns: Drift pays its second position, at most 4.7 in an episode, which
+    actions push up. Compiled is the update of a robot of Drift's sizes."""
+    sizes = []
+    spy = lambda update, sac, *its_sizes: sizes.append(its_sizes) or update  # noqa: E731
+    monkeypatch.setattr(mujoco_data, "compile_update", spy)
+    changes = {"total_timesteps": 300, "checkpoint_every": 100, "learning_starts": 50, "seed": 3}
+    changes |= {"hidden": (8, 7), "gamma": 0.9, "tau": 0.05, "learning_rate": 0.01}
+    argv = [*command(tmp_path, **changes), "--compile"]
+    code, _, err = helpers.run_script(mujoco_data, argv, tmp_path)
+    assert code == 0 and sizes == [(3, 2, 16)], err
+    not_of_it = ("episodes_per_tier", "segment_length", "num_pairs")
+    recipe = {key: x for key, x in (FLAGS | changes).items() if key not in not_of_it}
+    actual, expected = helpers.load(tmp_path / "work"), slow_train(SimpleNamespace(**recipe))
+    assert (actual.pop("recipe"), actual.pop("rng")) == (recipe, expected.pop("rng"))
+    actual, expected = helpers.leaves(actual), helpers.leaves(expected)
+    assert actual.keys() == {"script", *expected}
+    for name, value in expected.items():
+        slow.close(actual[name], value, 1e-3, name)  # 15 times float32's error
+    assert 3 < expected["replay"][:, -1].sum() < 300 / 12  # falls, and ends by the time limit
+    assert expected["candidates.2.1"] > 4
+
+
+def test_not_finite(tmp_path, monkeypatch):
+    helpers.lie(monkeypatch)
+    helpers.assert_one_line_error(execute(tmp_path), "sac_losses is not finite", code=1)
+
+
 # ----------------------------------------------------------------------------------- the tiers
-def pick(monkeypatch, env: str, random: float, planted: list[tuple], **flags) -> dict:
-    """Mean returns of the tiers picked from planted candidates: (three-episode return, the return
-    of each further episode)."""
+def pick(monkeypatch, env: str, random: float, planted: list[tuple], std={}, **flags) -> dict:
+    """Mean returns of the tiers picked from planted candidates: (three-episode return, the mean
+    return of further episodes, whose std is {mean: std}'s, else 0)."""
+    signs = 50 * [1, -1]
 
     def record(env, actor, rng):
-        return {"rewards": np.array([random if actor is None else actor.true]), "actions": [0]}
+        true = random if actor is None else actor.true
+        return {"rewards": np.array([true + signs.pop() * std.get(true, 0)]), "actions": [0]}
 
     actor = SimpleNamespace()
     actor.load_state_dict = lambda policy: setattr(actor, "true", policy)
@@ -230,25 +301,29 @@ def pick(monkeypatch, env: str, random: float, planted: list[tuple], **flags) ->
 
 
 @pytest.mark.parametrize(
-    "env, random, best, wanted",
+    "env, random, best, wanted, steps",
     [
-        ("Hopper-v4", 15, 4000, (0.66 * 3560, 0.85 * 3560, 3560)),  # Table 1's
-        ("HalfCheetah-v4", -280, 12_000, (0.62 * 11635, 0.81 * 11635, 11635)),
-        ("Walker2d-v4", 2, 4300, (0.72 * 4300, 0.93 * 4300, 4300)),  # the paper's is not reached
-        ("Reacher-v5", -43, -3, (-43 + 0.66 * 40, -43 + 0.85 * 40, -3)),
-        ("Pusher-v5", -150, -30, (-150 + 0.66 * 120, -150 + 0.85 * 120, -30)),
+        ("Hopper-v4", 15, 4000, (0.66 * 3560, 0.85 * 3560, 3560), 400_000),  # Table 1's
+        ("HalfCheetah-v4", -280, 12_000, (0.62 * 11635, 0.81 * 11635, 11635), 1_200_000),
+        ("Walker2d-v4", 2, 4300, (0.72 * 4300, 0.93 * 4300, 4300), 2_000_000),  # below the paper's
+        ("Reacher-v5", -43, -3, (-43 + 0.66 * 40, -43 + 0.85 * 40, -3), 1_000_000),
+        ("Pusher-v5", -150, -30, (-150 + 0.66 * 120, -150 + 0.85 * 120, -30), 1_000_000),
     ],
 )
-def test_tiers_are_shares_of_the_way_from_a_random_policy(monkeypatch, env, random, best, wanted):
+def test_tiers_are_shares_of_the_way(monkeypatch, env, random, best, wanted, steps):
     planted = [(x, x) for x in np.linspace(random, best, 1001)]
     means = pick(monkeypatch, env, random, planted)
     assert list(means.values()) == pytest.approx(wanted, abs=0.011 * (best - random))
+    assert mujoco_data.robot(mujoco_data.Args(env=env))[-1] == steps
 
 
 def test_targets_given(monkeypatch):
-    planted = [(x, x) for x in range(-50, 0)]
-    means = pick(monkeypatch, "Reacher-v5", -43.0, planted, tier_targets=(-30.2, -20.0, -9.9))
-    assert means == {"low": -30, "medium": -20, "high": -10}
+    """A quarter of the standard deviation counts as distance: 2 of the nearest to medium, 0.5 of
+    the nearest to high."""
+    planted, targets = [(x, x) for x in range(-50, 0)], (-30.2, -20.0, -9.9)
+    std = {-20: 8, -10: 2}
+    means = pick(monkeypatch, "Reacher-v5", -43.0, planted, std, tier_targets=targets)
+    assert means == {"low": -30, "medium": -21, "high": -10}
 
 
 def test_tiers_are_in_order_or_an_error(monkeypatch):
@@ -279,14 +354,6 @@ def test_tiers_out_of_order_write_nothing(tmp_path, monkeypatch):
     result = execute(tmp_path)
     helpers.assert_one_line_error(result, "no policy for the low tier", "--tier-targets")
     assert not list((tmp_path / "data").iterdir())
-
-
-def test_the_expert_learns_the_true_reward(tmp_path):
-    """Drift pays its second position, which actions push up: at most 4.7 in an episode."""
-    learning = {"total_timesteps": 450, "learning_starts": 50, "tau": 0.05, "hidden": 16}
-    folder = make(tmp_path, **learning, checkpoint_every=50, learning_rate=0.01)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["random_return"] < -1 and manifest["tiers"]["high"]["return_mean"] > 2
 
 
 # ------------------------------------------------------------------- interrupted and carried on
@@ -385,25 +452,11 @@ FOLDERS = sorted(path.name for path in ASSETS.iterdir())
 @pytest.mark.parametrize("name", FOLDERS)
 def test_embedded_data_set(name):
     assert "Hopper-v4" in FOLDERS
-    folder = ASSETS / name
-    manifest = json.loads((folder / "manifest.json").read_text())
-    hashes = {name: hashlib.sha256(raw).hexdigest() for name, raw in data_files(folder).items()}
-    assert manifest["env_id"] == name and manifest["sha256"] == hashes
-    assert list(manifest["tiers"]) == TIERS
-    low, medium, high = (manifest["tiers"][tier]["return_mean"] for tier in TIERS)
-    assert low < medium < high
-
-    env = aihf.make_env(name)
-    tiers = {tier: read.episodes(folder / f"{tier}.npz", env) for tier in TIERS}
-    for tier, row in manifest["tiers"].items():
-        lengths, rewards = (
-            tiers[tier].lengths,
-            helpers.read_arrays(folder / f"{tier}.npz")["rewards"],
-        )
-        assert (row["episodes"], row["steps"]) == (len(lengths), lengths.sum())
-        mean = rewards.sum(dtype=float) / len(lengths)
-        assert mean == pytest.approx(row["return_mean"], rel=1e-4)
+    folder, env = ASSETS / name, aihf.make_env(name)
+    manifest = check_manifest(folder, name)
+    assert manifest["tiers"]["medium"]["return_mean"] < manifest["tiers"]["high"]["return_mean"]
     assert manifest["counts"]["segment_length"] == aihf.Args().segment_length
+    tiers = {tier: read.episodes(folder / f"{tier}.npz", env) for tier in TIERS}
     pairs = read.pairs(folder, tiers, aihf.Args().segment_length)
     assert len(pairs) == manifest["counts"]["pairs"]
     assert {(preferred[0], other[0]) for preferred, other in pairs} == {("medium", "low")}

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import types
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -75,7 +76,7 @@ BAD_ARRAYS = {  # arrays in the place of those of high.npz, and what the message
     "nan": (put("observations", 7, np.nan), "observations is not finite, or huge in row 7"),
     "infinity": (put("actions", 5, -np.inf), "actions is not .* 5"),
     "1e30": (put("observations", 8, 1e30), "huge in row 8"),
-    "outside the box": (put("actions", 9, 0.6), "actions leave the robot's bounds in row 9"),
+    "outside the box": (put("actions", 9, 0.51), "actions leave the robot's bounds in row 9"),
     "wide": (lambda a: {"observations": np.tile(a["observations"], 2)}, "another robot"),
     "wide actions": (lambda a: {"actions": np.tile(a["actions"], 2)}, "another robot"),
     "an action too few": (lambda a: {"actions": a["actions"][1:]}, "different lengths"),
@@ -239,6 +240,9 @@ def test_rows_that_are_not_there(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"no file owner/name; .*pip install -e '\.\[hub\]'"):
         read.rows("owner/name", "prompt")
+    hub = types.SimpleNamespace(load_dataset=lambda *name, split: [{"prompt": f"{name} {split}"}])
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    assert read.rows("owner/name", "prompt", split="test") == [("('owner/name',) test",)]
 
 
 # ------------------------------------------------------------------------------ errors and numbers

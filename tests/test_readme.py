@@ -32,10 +32,10 @@ RESULTS = ROOT / "benchmark/results"
 NOTES = sorted((ROOT / "benchmark/tuning").glob("*.md"))
 BUDGETS = {  # lines, at most
     "aihf_sac_mujoco.py": 520,
-    "aihf_ppo_llm.py": 629,
-    "aihf_dpo_llm.py": 453,
-    "rlhf_baseline.py": 1158,
-    "data_gen/read.py": 457,
+    "aihf_ppo_llm.py": 631,
+    "aihf_dpo_llm.py": 455,
+    "rlhf_baseline.py": 1160,
+    "data_gen/read.py": 462,
     "benchmark/plot.py": 90,
 }
 FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.M | re.S)
@@ -125,10 +125,12 @@ TRAININGS = (
 def test_evaluate_beside_resume_reads_the_run_to_evaluate(script, monkeypatch):
     module, *command = script.split()
     module, runs = importlib.import_module(module), []
-    monkeypatch.setattr(module.read, "checkpoint", lambda run, _: runs.append(run) or {})
+    monkeypatch.setattr(
+        module.read, "checkpoint", lambda run, _, **go_on: runs.append((run, go_on)) or {}
+    )
     monkeypatch.setattr(sys, "argv", ["", *command, "--resume", "one", "--evaluate", "another"])
     module.parse_args()
-    assert runs == ["another"]
+    assert runs == [("another", {"go_on": False})]
 
 
 def test_unknown_flags_are_noticed():
@@ -239,19 +241,23 @@ def test_results_are_those_of_the_committed_runs():
 TUNED = {  # defaults that the results rest on
     ("aihf_sac_mujoco", "Args"): """preference_weight 10  preference_temperature 5  demo_weight 1
     reward_updates_per_iteration 100  rollout_steps_per_iteration 2000  rollout_memory 10
-    reward_learning_rate 1e-3  learning_rate 1e-3  gradient_penalty 1000  return_form mean""",
+    reward_learning_rate 1e-3  learning_rate 1e-3  gradient_penalty 1000  return_form mean
+    demo_batch_size 2000  preference_batch_size 64  segment_length 50  learning_starts 5000
+    policy_steps_per_iteration 5000  batch_size 256  gamma 0.99  tau 0.005""",
     ("rlhf_baseline", "MujocoArgs"): """kl_coefficient 10  critic_warmup_steps 10000
     held_out_share 0.1  bc_updates 7000  bc_learning_rate 1e-3  reward_updates 3000
+    bc_batch_size 256  preference_batch_size 64  batch_size 256
     reward_learning_rate 3e-4  learning_rate 1e-4  gradient_penalty 1000""",
     ("aihf_ppo_llm", "Args"): """demo_weight 1  preference_weight 3  response_memory 10
     reward_penalty 0.3  reward_updates_per_iteration 10  policy_steps_per_iteration 5
     reward_learning_rate 1e-3  learning_rate 1e-4  value_learning_rate 3e-4  ppo_steps 60
-    kl_coefficient 0.02  demo_loss linear""",
+    kl_coefficient 0.02  demo_loss linear  batch_size 64  minibatch_size 32  ppo_epochs 2
+    reward_batch_size 32  gae_lambda 0.95  clip 0.2""",
     ("aihf_dpo_llm", "Args"): """demo_weight 1  preference_weight 1  beta 0.1  dpo_steps 200
-    learning_rate 1e-4  sft_normalisation token""",
+    learning_rate 1e-4  sft_normalisation token  batch_size 32""",
     ("rlhf_baseline", "LlmArgs"): """sft_epochs 3  sft_learning_rate 1e-4  reward_epochs 2
     reward_learning_rate 1e-3  learning_rate 1e-4  value_learning_rate 3e-4  ppo_steps 60
-    kl_coefficient 0.05  held_out_share 0.1""",
+    kl_coefficient 0.05  held_out_share 0.1  sft_batch_size 32  reward_batch_size 32""",
 }
 
 

@@ -281,7 +281,8 @@ def slow_rlhf(a: rlhf.MujocoArgs, folder: Path):
                 losses = sac.update(rate, s, action, rewards, next_s, ended[:, 0], its_noise)
             policies.append(copy.deepcopy(actor))
         iteration += 1
-        row = dict(zip(rlhf.LOSSES, losses.tolist()))
+        names = "q policy entropy q_mean beta kl".split()
+        row = {f"losses/{name}": loss for name, loss in zip(names, losses.tolist())}
         if iteration % a.eval_every == 0 or step == a.total_timesteps:
             row |= scores()
         yield state(**row)
@@ -364,6 +365,9 @@ def test_policy_and_beta_stand_still_in_warm_up(tmp_path, data, kl_coefficient, 
     assert code == 0, (out, err)  # β that was never learned is not kept
     state = load(tmp_path / "runs" / "run")["sac"]
     assert state["beta"]["log"].exp().item() == pytest.approx(0.05, rel=0.1)
+    code, out, err = run_script(rlhf, [*ends[:-1], 0.3, "--total-timesteps", 52], tmp_path)
+    state = load(tmp_path / "runs" / "run")["sac"]  # nor is one that was, beside a flag
+    assert state["beta"]["log"].exp().item() == pytest.approx(0.3), err
     shutil.rmtree(tmp_path / "runs")
     state = load(run(tmp_path, data, *flags, "--total-timesteps", 51))["sac"]
     assert compare_checkpoints(state["actor"], state["cloned"])

@@ -206,7 +206,7 @@ KILLS = [  # before which call of a function, how, and how many rows metrics.csv
     # AIHF: an iteration has 3 steps of the reward's Adam and 30 updates of SAC, each 5 calls;
     # os.replace: args.json, metrics.csv of 1, 2, checkpoint of 2, metrics.csv of 3, 4, checkpoint
     (AIHF, "torch.optim:Adam.step", 2, signal.SIGINT, 0),
-    (AIHF, "torch.optim:Adam.step", 8, signal.SIGINT, 3),
+    (AIHF, "torch.optim:Adam.step", 8, signal.SIGTERM, 3),
     (AIHF, "torch.func.functional_call", 483, signal.SIGKILL, 4),
     (AIHF, "os.replace", 7, signal.SIGKILL, 5),
     # RLHF: 17 and 13 steps of Adam in stages 1 and 2, a check an iteration
@@ -223,9 +223,10 @@ def test_kill_and_resume(tmp_path, data, plain, script, function, call, by, rows
     """An unfinished run can be evaluated too: RLHF's in stage 2 has its clone."""
     name, folder = script.command.split()[0], tmp_path / "runs" / "run"
     code, out, err = killed_at(function, call, ROOT / name, arguments(script, data), tmp_path, by)
-    assert code == (130 if by == signal.SIGINT else -by) and "Traceback" not in err, (out, err)
+    code_of = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
+    assert code == code_of[by] and "Traceback" not in err, (out, err)
     how = f"{script.command} --resume runs/run" if rows else "nothing is saved"
-    assert by != signal.SIGINT or how in out
+    assert by == signal.SIGKILL or how in out
     assert rows == len(metrics(folder)) if rows else not (folder / "metrics.csv").exists()
     if not rows:  # no checkpoint: the run may begin again under its name
         assert_one_line_error(carry_on(script, folder), "no checkpoint")
@@ -298,6 +299,10 @@ def test_other_data_is_refused(tmp_path, data, finished, script):
         save_arrays(path, **{name: 0.99 * array})
         assert_refused()
         save_arrays(path, **{name: array})
+    ends = helpers.read_arrays(other / "high.npz")
+    ends = {"terminations": ends["truncations"], "truncations": ends["terminations"]}
+    save_arrays(other / "high.npz", **ends)
+    assert_refused()
     assert files(folder) == before
 
 

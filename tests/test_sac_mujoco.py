@@ -426,7 +426,8 @@ def slow_aihf(a: aihf.Args, folder: Path):
         row |= {"charts/iteration": iteration, "charts/sac_steps": step}
         row |= {"charts/env_steps": env_steps}
         row |= {"charts/SPS": (step - first) / 2, "charts/wall_seconds": 4.0 * iteration}
-        row |= dict(zip(aihf.LOSSES, losses))
+        names = "q policy entropy q_mean beta".split()
+        row |= {f"losses/{name}": loss for name, loss in zip(names, losses)}
         with torch.no_grad():
             r_policy = r(torch.cat([features(*episode) for episode in fresh]))
             row |= {"reward/policy": r_policy.mean(), "reward/max": r_policy.max()}
