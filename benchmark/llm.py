@@ -42,6 +42,7 @@ METHODS = {  # in the order of the tables
     "aihf-ppo-sft": ("AIHF, PPO, from SFT", "tab:purple"),
     "dpo": ("DPO, from SFT", "tab:cyan"),
     "aihf-dpo": ("AIHF-DPO", "tab:red"),
+    "aihf-dpo-sft": ("AIHF-DPO, from SFT", "tab:brown"),
     "sft": ("SFT", "tab:green"),
     "random": ("PPO from SFT on a random reward", "tab:gray"),
 }
@@ -54,7 +55,7 @@ SWEEPS = {  # Figure 7
 }
 MORE = {  # Figures 9 and 10
     ("aihf-ppo", "rlhf"): [MAIN, *(("3000", n) for n in ("1000", "2000", "3000"))],
-    ("aihf-dpo", "dpo"): [("1000", n) for n in ("1000", "2000", "3000")],
+    ("aihf-dpo", "dpo", "aihf-dpo-sft"): [("1000", n) for n in ("1000", "2000", "3000")],
 }
 SIZES = list(dict.fromkeys(x for sweep in (*SWEEPS.values(), *MORE.values()) for x in sweep))
 SIZES.remove(MAIN)
@@ -266,7 +267,7 @@ def draw_all(rows: list[dict], scores: list[dict], begin: str) -> None:
     finish(figure, "figure8.png", labels, ["density", "density", "learned score, centred"])
 
     for name, (methods, sizes) in zip(("figure9.png", "figure10.png"), MORE.items()):
-        sizes = [size for size in sizes if all(runs_of(rows, x, size) for x in methods)]
+        sizes = [size for size in sizes if any(runs_of(rows, x, size) for x in methods[:2])]
         figure, axes = panels(len(sizes), sharey=True)
         for axis, size in zip(axes, sizes):
             for method in methods:

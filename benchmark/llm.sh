@@ -5,14 +5,14 @@
 # Then: python benchmark/llm.py; python benchmark/llm_sharpness.py
 # RLHF comes first: SFT, its first stage, is what DPO starts from and what every win rate is over.
 # `random` is the control: PPO from SFT on a reward model whose new head learns nothing;
-# `aihf-ppo-sft` is AIHF that begins, as RLHF's PPO does, with SFT.
+# `aihf-ppo-sft` and `aihf-dpo-sft` are AIHF that begins, as RLHF's PPO and DPO do, with SFT.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 runs() { # lines: method, demonstrations, preferences, seed
   local seed size method line
   case $1 in
-    6) for method in aihf-ppo rlhf aihf-dpo dpo random aihf-ppo-sft; do echo "$method 1000 1000"; done ;;
+    6) for method in aihf-ppo rlhf aihf-dpo dpo random aihf-ppo-sft aihf-dpo-sft; do echo "$method 1000 1000"; done ;;
     7) for size in "1000 1000" "1000 100" "1000 1000flip0.3" "100 1000" "1000 3000" "3000 1000" "1000 300" \
          "300 1000" "1000 1000flip0.1"; do # beside those of 6
          echo "rlhf $size"; echo "aihf-ppo $size"
@@ -61,7 +61,7 @@ for flip in 0.1 0.3; do
   python benchmark/llm_data.py --flip $flip --output runs/preferences_flip$flip.jsonl
 done
 for figure in ${1:-6 7 10 9}; do
-  for methods in 'rlhf|aihf-ppo' 'dpo|aihf-dpo' 'random|aihf-ppo-sft'; do # SFT has to be there before others start from it
+  for methods in 'rlhf|aihf-ppo' 'dpo|aihf-dpo' 'random|aihf-ppo-sft|aihf-dpo-sft'; do # SFT has to be there before others start from it
     runs "$figure" | { grep -E "^($methods) " || true; } |
       xargs -r -P "${JOBS:-2}" -L 1 bash -c 'run "$@" >>"runs/llm__$1__$2__$3__$4.log" 2>&1' _
   done

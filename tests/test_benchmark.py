@@ -349,6 +349,30 @@ def test_a_sharper_policy_has_less_entropy():
     assert alone == pytest.approx(loss.exp().item(), rel=1e-4) and found != alone
 
 
+def test_both_rewards_read_the_same_texts(tmp_path):
+    """The judge in the place of both, and a ground truth that RLHF's samples have upside down."""
+    import llm_rewards
+
+    judge = ROOT / "data_gen/assets/imdb/classifier"
+    prompts, signs = ["A great film", "It is awful", "The plot", "Well acted"], {"rlhf": -1}
+    scores = llm_rewards.Scorer(str(judge), llm_rewards.Args(), True).score(prompts).tolist()
+    for method in ("rlhf", "aihf-ppo"):
+        row = {"charts/step": 3, "eval/gt_score": 1}
+        run = write_run(tmp_path / f"llm__{method}__100__1000__2", [row], ppo_steps=3)
+        (run / "reward").symlink_to(judge)
+        for name, sign in (("samples_sft", 1), ("samples", signs.get(method, 1))):
+            rows = [
+                {"prompt": x, "response": "", "gt_score": sign * y} for x, y in zip(prompts, scores)
+            ]
+            (run / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run_of_aihf, run_of_rlhf = sorted(llm_rewards.collect(tmp_path), key=lambda row: row["reward"])
+    assert run_of_rlhf == run_of_aihf | {"reward": "rlhf"}
+    found = [float(run_of_rlhf[text]) for text in ("sft", "rlhf", "aihf-ppo")]
+    assert found == [1, -1, 1] and abs(float(run_of_rlhf["all"])) < 1
+    cells = "1.00 | −1.00 | 1.00"
+    assert f"| 100 demonstrations | AIHF, PPO | {cells} |" in llm_rewards.table([run_of_aihf])
+
+
 def test_equal_kl_and_falls(tmp_path, monkeypatch):
     """No number where RLHF never was; a fall before the best evaluation is one too."""
     import llm
@@ -374,6 +398,7 @@ def test_committed_results_give_the_tables_of_the_readme(tmp_path):
     import figure3
     import hh
     import llm
+    import llm_rewards
     import main_job
     import other_robots
 
@@ -382,6 +407,8 @@ def test_committed_results_give_the_tables_of_the_readme(tmp_path):
     tables |= {hh.RESULTS: hh.table, other_robots.RESULTS: other_robots.summarise}
     for path, table in tables.items():
         assert table(read_csv(path)) in page, path
+    page_of = llm_rewards.table(read_csv(llm_rewards.ROWS)).replace("−", "-")
+    assert page_of in page
     for name, sizes in (("llm", [llm.MAIN]), ("llm", llm.SIZES), ("smollm2", [llm.MAIN])):
         rows = read_csv(llm.RESULTS / f"{name}.csv")
         assert llm.table(rows, sizes, name).replace("−", "-") in page, (name, sizes)
