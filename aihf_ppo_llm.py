@@ -361,6 +361,7 @@ def main() -> None:
                 state[f"{name}_optimizer"] = whole(optimizers[name].state_dict())
             read.write_csv(run_dir / "metrics.csv", log)
             read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
+            del state  # its shards put together
     save_model(reward.model, reward.tokenizer, run_dir / "reward")
     save_model(policy.lm, policy.tokenizer, run_dir / "policy")  # if a run is killed here: --resume
     if read.writes():
@@ -384,7 +385,8 @@ def load(kind: str, name: str, args: Args, **new_head):
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise ValueError(f"the tokenizer of {name} has more tokens than its model")
     for block in blocks(model) if args.gradient_checkpointing else ():
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        options = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout
+        block.forward = partial(checkpoint, block.forward, **options)
     return model.float(), tokenizer
 
 

@@ -345,7 +345,7 @@ class Actor(nn.Module):
     def act(self, obs: np.ndarray, noise: np.ndarray | float) -> np.ndarray:
         """One action (act_dim,) for obs (obs_dim,); noise 0 gives tanh(mean)."""
         x = torch.as_tensor(obs, dtype=torch.float32, device=self.net[0].weight.device)
-        mean, log_std = (part.cpu().numpy() for part in self.gaussian(x))
+        mean, log_std = torch.stack(self.gaussian(x)).cpu().numpy()
         return np.tanh(mean + np.exp(log_std) * noise)
 
 

@@ -394,7 +394,7 @@ class Actor(nn.Module):
     def act(self, obs: np.ndarray, noise: np.ndarray | float) -> np.ndarray:
         """One action (act_dim,) for obs (obs_dim,); noise 0 gives tanh(mean)."""
         x = torch.as_tensor(obs, dtype=torch.float32, device=self.net[0].weight.device)
-        mean, log_std = (part.cpu().numpy() for part in self.gaussian(x))
+        mean, log_std = torch.stack(self.gaussian(x)).cpu().numpy()
         return np.tanh(mean + np.exp(log_std) * noise)
 
 
@@ -794,7 +794,8 @@ def llm(args: LlmArgs, state: dict) -> None:
             train_losses.append(total(loss).item())
             if (step + 1) % max(1, steps // 10) == 0 or step + 1 == steps:
                 columns = in_parts(partial(losses, module), args, [rows[i] for i in held_out])
-                means = (columns.sum(0) / sum(lengths[i] for i in held_out)).tolist()
+                sums = gather(columns.sum(0)[None])[0]  # the first's: all keep the same module
+                means = (sums / sum(lengths[i] for i in held_out)).tolist()
                 before = [row[f"{name}/held_out_loss"] for row in log if f"{name}/loss" in row]
                 if means[0] < min(before, default=math.inf):
                     best.load_state_dict(module.state_dict())
@@ -907,7 +908,8 @@ def load(kind: str, name: str, args: LlmArgs, **new_head):
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise ValueError(f"the tokenizer of {name} has more tokens than its model")
     for block in blocks(model) if args.gradient_checkpointing else ():
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        options = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout
+        block.forward = partial(checkpoint, block.forward, **options)
     return model.float(), tokenizer
 
 

@@ -526,11 +526,11 @@ def tiers(args: Tiers, device: torch.device, output_dir: Path, work_dir: Path) -
     with read.input_errors():
         settings = aihf_ppo_llm.Args()
         model, fast = aihf_ppo_llm.load("CausalLM", args.model, settings)
-        truth = aihf_ppo_llm.Scorer(args.classifier, settings, trained=True).to(device)
+        truth = aihf_ppo_llm.Scorer(args.classifier, settings, trained=True)
         if not args.data and fast.bos_token_id is None:
             raise ValueError(f"{args.model} has no token to begin a review with: give --data")
-        prompts = write_prompts(model.to(device).eval(), fast, args)
-        weights = [x.detach().cpu().numpy() for m in (model, truth) for x in m.parameters()]
+        prompts = write_prompts(model.eval(), fast, args)  # the same on every machine: on the CPU
+        weights = [x.detach().numpy() for m in (model, truth) for x in m.parameters()]
         made_from = read.fingerprint(prompts, *weights)
         may_change = {"output_dir": "", "work_dir": "", "threads": ""}
         recipe = json.dumps(asdict(args) | may_change | {"made_from": made_from})
@@ -542,7 +542,7 @@ def tiers(args: Tiers, device: torch.device, output_dir: Path, work_dir: Path) -
     write.rows(work_dir / "ppo_prompts.jsonl", [{"prompt": p} for p in prompts[: ends[0]]])
     policies = train_policies(args, work_dir, ends[0])  # 2/4
 
-    responses, all_scores = [], []
+    responses, all_scores, truth = [], [], truth.to(device)
     asked = prompts[ends[0] : ends[1]]
     for step, folder in policies.items():
         policy = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)

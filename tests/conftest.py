@@ -1,7 +1,10 @@
-"""The scripts are no package: their folders go on sys.path. Torch has one thread."""
+"""The scripts are no package: their folders go on sys.path. No GPU, and torch has one thread."""
 
+import os
 import sys
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 
