@@ -164,9 +164,7 @@ def hold_out(count: int, share: float, rng: np.random.Generator) -> list[Tensor]
     """0 … count - 1 in random order: those to learn from, and those held out, at least one."""
     held_out = max(1, round(share * count))
     if held_out >= count:
-        raise ValueError(
-            f"--held-out-share {share} of {count}, at least 1, leaves none to learn from"
-        )
+        raise ValueError(f"--held-out-share {share} of {count} leaves none to learn from")
     return torch.from_numpy(rng.permutation(count)).split([count - held_out, held_out])
 
 

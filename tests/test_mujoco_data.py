@@ -360,7 +360,7 @@ def test_tiers_out_of_order_write_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "function, call, updates_left",
     [
-        ("torch.stack", 130, 50),  # an update between the two checkpoints
+        ("torch.func.functional_call", 600, 50),  # an update between the two checkpoints
         ("os.replace", 1, 150),  # with the first checkpoint not yet in place
         ("os.replace", 2, 50),  # the second
         ("os.replace", 4, 0),  # with a part of the data

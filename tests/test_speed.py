@@ -118,10 +118,13 @@ def test_floor_of_each_training_is_measured():
 
 
 def test_parameters_are_those_of_the_hub():
-    """124, 135, 162 million, 1.01 and 1.41 billion, with the head where it is not tied."""
-    found = {name: llm_memory.parameters(config)[0] for name, config in llm_memory.CONFIGS.items()}
-    expected = (124_439_808, 134_515_008, 162_322_944, 1_011_781_632, 1_414_647_808)
-    assert tuple(found.values()) == expected
+    """124, 135, 162 million, 1.01 and 1.41 billion, with the head where it is not tied; a reward
+    has one of a number a unit instead, or with GPT-2 beside the embeddings."""
+    configs = llm_memory.CONFIGS
+    found = [llm_memory.parameters(config, "CausalLM")[0] for config in configs.values()]
+    assert found == [124_439_808, 134_515_008, 162_322_944, 1_011_781_632, 1_414_647_808]
+    reward = llm_memory.parameters(configs["Pythia-1.4B"], "SequenceClassification")[0]
+    assert found[-1] - reward == (50_304 - 2) * 2048  # two labels, as a configuration has
 
 
 def test_memory_of_one_block(monkeypatch):
@@ -133,7 +136,7 @@ def test_memory_of_one_block(monkeypatch):
     assert whole == llm_memory.saved_bytes(config, 10, 8, 32, 5) > 5 * kept
     one_block = llm_memory.saved_bytes(config, 1, 8, 32, 5)
     assert kept == one_block + 10 * 4 * 8 * 32 * 64
-    _, block, outside = llm_memory.parameters(config)
+    _, block, outside = llm_memory.parameters(config, "CausalLM")
     assert block == 12 * 64**2 + 13 * 64 and outside == (97 + config.n_positions + 2) * 64
 
 
