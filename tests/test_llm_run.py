@@ -1040,6 +1040,6 @@ def test_tracking_is_asked_for_and_may_refuse(tmp_path, script, world, monkeypat
     assert resume(script, folder, "--track", script.steps, 2)[0] == 0
     assert [step for step, _ in rows] == of(script, ppo=[1, 2], dpo=[2], rlhf=[last + 1])
     assert settings["resume"] == "allow"
-    rows.clear()
+    settings.clear()
     assert run_script(script.module, [*script.command, "--evaluate", folder], tmp_path)[0] == 0
-    assert not rows  # an evaluation is not tracked
+    assert not settings  # an evaluation is not tracked
