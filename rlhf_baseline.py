@@ -980,7 +980,7 @@ class Scorer(nn.Module):
     outputs their difference). R(τ) is that at a text's last token, V(s) that at the last of s."""
 
     def __init__(self, name: str, args: LlmArgs, trained: bool = False):
-        """The head is new where there is none; ValueError if `trained`, or of over two outputs."""
+        """A new head if there is none, or ValueError if `trained`; over two outputs: ValueError."""
         super().__init__()
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         self.has_head = "SequenceClassification" in str(config.architectures)
@@ -1042,7 +1042,7 @@ def descend(module, optimizer, args: LlmArgs, step: int, run_dir: Path, loss: Te
 # Gradients are summed: losses are divided by the whole batch. All do equally many forward passes.
 def start_processes(args: LlmArgs) -> tuple[torch.device, int]:
     """Joins torchrun's processes, fills in args.run_name; the device, the number of processes."""
-    transformers.logging.set_verbosity_error()  # it warns of new heads
+    transformers.logging.set_verbosity_error()  # else it warns of new heads
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")

@@ -2,7 +2,7 @@
 # Figures 6 to 10 on the embedded models; seeds 1 to 3, fixed before the runs (SEEDS="1 2 3").
 # Two single-threaded runs side by side (JOBS=2). Stopped or killed, the same command carries on.
 #     bash benchmark/llm.sh [6|7|9|10]     one figure only (8 is drawn from 6's runs)
-# Then: python benchmark/llm.py; python benchmark/llm_sharpness.py
+# Then: python benchmark/llm.py; python benchmark/llm_rewards.py; python benchmark/llm_sharpness.py
 # RLHF comes first: SFT, its first stage, is what DPO starts from and what every win rate is over.
 # `random` is the control: PPO from SFT on a reward model whose new head learns nothing;
 # `aihf-ppo-sft` and `aihf-dpo-sft` are AIHF that begins, as RLHF's PPO and DPO do, with SFT.
