@@ -3,10 +3,10 @@
     python benchmark/llm_rewards.py
 
 (needs `pip install -e '.[plot]'`) adds rows to results/llm_rewards.csv: for each size of data and
-seed of which runs/ has finished runs of both by benchmark/llm.sh, the rank correlation of either's
-learned scores with the ground truth on the responses of each of the three, and on all of them. (In
-llm.csv each reward is correlated on its own policy's responses, of which RLHF's vary less.) Prints
-a table.
+seed of which runs/ has finished runs of both by benchmark/llm.sh, the final ground truth of the
+policy trained on the reward, and the rank correlation of its learned scores with the ground truth
+on the responses of each of the three, and on all of them. (In llm.csv each reward is correlated on
+its own policy's responses, of which RLHF's vary less.) Prints a table.
 """
 
 import sys
@@ -46,6 +46,8 @@ def collect(runs: Path) -> list[dict]:
             for method, folder in folders.items():
                 reward = Scorer(str(folder / "reward"), Args(), trained=True)
                 row = dict(zip(KEYS, (*size_and_seed, method)))
+                truth = [sample["gt_score"] for sample in texts[method]]
+                row["gt_score"] = f"{sum(truth) / len(truth):.4f}"
                 rows.append(row | correlations(reward, texts))
     return rows
 

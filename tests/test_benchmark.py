@@ -366,7 +366,9 @@ def test_both_rewards_read_the_same_texts(tmp_path):
             ]
             (run / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     run_of_aihf, run_of_rlhf = sorted(llm_rewards.collect(tmp_path), key=lambda row: row["reward"])
-    assert run_of_rlhf == run_of_aihf | {"reward": "rlhf"}
+    finals = [float(row["gt_score"]) for row in (run_of_aihf, run_of_rlhf)]
+    assert finals == pytest.approx([np.mean(scores), -np.mean(scores)], abs=1e-4)
+    assert run_of_rlhf == run_of_aihf | {"reward": "rlhf", "gt_score": run_of_rlhf["gt_score"]}
     found = [float(run_of_rlhf[text]) for text in ("sft", "rlhf", "aihf-ppo")]
     assert found == [1, -1, 1] and abs(float(run_of_rlhf["all"])) < 1
     cells = "1.00 | −1.00 | 1.00"
