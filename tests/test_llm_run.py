@@ -663,7 +663,7 @@ def two_processes(tmp_path_factory, world) -> Path:
     of each script, NAME_two, and has carried on one of a process alone, NAME_one_then_two."""
     folder, jobs, ports = tmp_path_factory.mktemp("two"), [], free_ports()
     for name, script in SCRIPTS.items():
-        flags = [*script.one_step.split(), script.steps, 1, "--runs-dir", folder]
+        flags = [*script.one_step.split(), script.steps, 1, "--runs-dir", folder, "--seed", 3]
         flags += ["--model-name-or-path", world / "deep"]
         run(script, folder, world, *flags, "--run-name", f"{name}_one")
         resumed = shutil.copytree(folder / f"{name}_one", folder / f"{name}_one_then_two")
