@@ -231,7 +231,7 @@ def draw_scores(axes, scores: list[dict]) -> None:
 
 
 def draw_all(rows: list[dict], scores: list[dict], begin: str) -> None:
-    """Figures whose files begin with `begin`; 7 needs runs of several sizes."""
+    """Figures whose files begin with `begin`; 7 of the embedded models alone."""
 
     def panels(count: int, sharey: bool = False):
         options = {"figsize": (4 + 3.2 * count, 3.8), "sharey": sharey, "layout": "constrained"}
@@ -254,7 +254,7 @@ def draw_all(rows: list[dict], scores: list[dict], begin: str) -> None:
     axis.axhline(level, color=color, linewidth=1, label=label)
     finish(figure, "figure6.png", ["PPO steps"], [truth])
 
-    if len({(row["demonstrations"], row["preferences"]) for row in rows}) > 1:
+    if not begin:
         figure, axes = panels(3, sharey=True)
         for axis, name in zip(axes, SWEEPS):
             draw_sweep(axis, rows, name)

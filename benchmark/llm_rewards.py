@@ -1,9 +1,10 @@
 """Which reward knows more? RLHF's and AIHF's on the same texts, of SFT and of both policies.
 
-    python benchmark/llm_rewards.py
+    python benchmark/llm_rewards.py             # of the runs of benchmark/llm.sh
+    python benchmark/llm_rewards.py smollm2     # of those of smollm2.sh
 
-(needs `pip install -e '.[plot]'`) adds rows to results/llm_rewards.csv: for each size of data and
-seed of which runs/ has finished runs of both by benchmark/llm.sh, the final ground truth of the
+(needs `pip install -e '.[plot]'`) adds rows to results/llm_rewards.csv (smollm2_rewards.csv): for
+each size of data and seed of which runs/ has finished runs of both, the final ground truth of the
 policy trained on the reward, and the rank correlation of its learned scores with the ground truth
 on the responses of each of the three, and on all of them. (In llm.csv each reward is correlated on
 its own policy's responses, of which RLHF's vary less.) Prints a table.
@@ -13,13 +14,14 @@ import sys
 from pathlib import Path
 
 import torch
-from llm import METHODS, RESULTS, ROOT, label_of, plus_minus, samples
+import tyro
+from llm import METHODS, RESULTS, ROOT, Args, label_of, plus_minus, samples
 from main_job import finished, merge
 
 sys.path.insert(0, str(ROOT))
-from aihf_ppo_llm import Args, Scorer, in_parts
+from aihf_ppo_llm import Args as Settings
+from aihf_ppo_llm import Scorer, in_parts
 
-ROWS = RESULTS / "llm_rewards.csv"
 KEYS = ("demonstrations", "preferences", "seed", "reward")
 TEXTS = {"sft": "samples_sft.jsonl", "rlhf": "samples.jsonl", "aihf-ppo": "samples.jsonl"}
 
@@ -28,23 +30,29 @@ def correlations(reward: Scorer, texts: dict[str, list[dict]]) -> dict[str, str]
     """Rank correlations of learned and true scores on each list of samples, and on all."""
     row = {}
     for name, rows in (texts | {"all": sum(texts.values(), [])}).items():
-        learned = in_parts(reward.score, Args(), [x["prompt"] + x["response"] for x in rows])
+        learned = in_parts(
+            reward.score, Settings(), [x["prompt"] + x["response"] for x in rows]
+        ).cpu()
         truth = torch.tensor([x["gt_score"] for x in rows])
         ranks = torch.stack([learned, truth]).argsort().argsort().double()
         row[name] = f"{torch.corrcoef(ranks)[0, 1].item():.4f}"
     return row
 
 
-def collect(runs: Path) -> list[dict]:
+def collect(runs: Path, name: str = "llm") -> list[dict]:
     """Rows of llm_rewards.csv."""
     rows = []
-    for rlhf in sorted(runs.glob("llm__rlhf__*__*__[0-9]")):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for rlhf in sorted(runs.glob(f"{name}__rlhf__*__*__[0-9]")):
         size_and_seed = rlhf.name.split("__")[2:]
-        folders = {"rlhf": rlhf, "aihf-ppo": runs / "__".join(["llm__aihf-ppo", *size_and_seed])}
+        folders = {
+            "rlhf": rlhf,
+            "aihf-ppo": runs / "__".join([f"{name}__aihf-ppo", *size_and_seed]),
+        }
         if all((folder / "reward").exists() and finished(folder)[1] for folder in folders.values()):
             texts = {x: samples(folders.get(x, rlhf) / name) for x, name in TEXTS.items()}
             for method, folder in folders.items():
-                reward = Scorer(str(folder / "reward"), Args(), trained=True)
+                reward = Scorer(str(folder / "reward"), Settings(), trained=True).to(device)
                 row = dict(zip(KEYS, (*size_and_seed, method)))
                 truth = [sample["gt_score"] for sample in texts[method]]
                 row["gt_score"] = f"{sum(truth) / len(truth):.4f}"
@@ -72,4 +80,5 @@ def table(rows: list[dict]) -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(table(merge(ROWS, collect(ROOT / "runs"), KEYS)))
+    name = tyro.cli(Args, description=__doc__.split("\n\n")[0]).runs
+    print(table(merge(RESULTS / f"{name}_rewards.csv", collect(ROOT / "runs", name), KEYS)))

