@@ -7,9 +7,8 @@ al., arXiv 2406.06874: Sections 3.1, 6.1 and 6.2. Equation numbers are the paper
     python rlhf_baseline.py llm
 
 Each learns from the data of aihf_sac_mujoco.py or aihf_ppo_llm.py, with the same networks and as
-many steps of SAC (17 to 39 minutes) or PPO (7); prints the true return or the ground-truth score,
-which nothing else reads; writes runs/<run_name>/. `torchrun --nproc-per-node 2 rlhf_baseline.py
-llm` shards language models over processes (FSDP2).
+many steps of SAC (17 to 39 minutes) or PPO (7), writes runs/<run_name>/ and prints the true return
+or the ground-truth score, which nothing else reads. torchrun shards language models (FSDP2).
 
 To be a strong baseline it differs from the paper in three ways (benchmark/tuning/rlhf.md), in r's
 bounds, averaged weights and the numbers marked "paper:" below:
@@ -48,8 +47,6 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data_gen import read
-
-ASSETS = "data_gen/assets/imdb"
 
 
 @dataclass
@@ -102,6 +99,7 @@ class MujocoArgs:
 
 
 SCRIPT = "rlhf_baseline.py"
+ASSETS = "data_gen/assets/imdb"
 INITIAL_BETA = 0.05  # of the entropy bonus: where it ends in AIHF's runs
 BLOCK = 50  # environment steps, then as many updates: Spinning Up's update_every
 CHECK_EVERY = 50  # updates of stages 1 and 2 between looks at the held-out data

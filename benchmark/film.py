@@ -55,7 +55,7 @@ def film(env: gym.Env, actor: Actor, args: Args) -> list[np.ndarray]:
     frames, (obs, _), done = [], env.reset(seed=args.seed), False
     steps = 0
     while not done and steps * env.unwrapped.dt < args.first_second + args.seconds:
-        if steps * env.unwrapped.dt >= args.first_second + len(frames) / args.frames_per_second:
+        while steps * env.unwrapped.dt >= args.first_second + len(frames) / args.frames_per_second:
             frames.append(env.render())
         obs, _, terminated, truncated, _ = env.step(actor.act(obs, 0.0))
         done, steps = terminated or truncated, steps + 1

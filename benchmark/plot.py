@@ -77,7 +77,7 @@ if __name__ == "__main__":
         for run, table in runs.items():
             rows = np.isfinite(table.get(panel, table["steps"] * np.nan))  # those with a number
             x, y = table["steps"][rows], table.get(panel, table["steps"])[rows]
-            (line,) = axis.plot(x, y, label=run.resolve().name)
+            (line,) = axis.plot(x, y, label=str(run))
             std = table.get(deviation, np.zeros(len(rows)))[rows]
             axis.fill_between(x, y - std, y + std, color=line.get_color(), alpha=0.2, linewidth=0)
         for tier, value in levels if "return" in panel else ():

@@ -84,7 +84,7 @@ def train(args: Args, env, actor: Actor, work_dir: Path, state: dict) -> list:
     critics = Critics(obs_dim, act_dim, args.hidden).to(device)
     sac = init_sac(actor, critics, 1.0)
     widths = (obs_dim, act_dim, 1, obs_dim, 1)  # a transition: s, a, r, s', whether it ended there
-    rng, step, candidates = np.random.default_rng(args.seed), 0, []
+    rng, step, candidates = np.random.default_rng([args.seed, 4]), 0, []  # no learner's
     with read.input_errors():
         replay = np.zeros((args.total_timesteps, sum(widths)), np.float32)
     if state:
@@ -125,7 +125,8 @@ def train(args: Args, env, actor: Actor, work_dir: Path, state: dict) -> list:
         policy = {key: parameter.cpu().clone() for key, parameter in sac["actor"].items()}
         candidates.append((step, score, policy))
         bar.set_postfix(true_return=f"{score:.0f}", best=f"{max(c[1] for c in candidates):.0f}")
-        if len(candidates) % 5 == 0 or step == args.total_timesteps:
+        often = max(1, 50_000 // args.checkpoint_every)  # candidates between saves
+        if len(candidates) % min(often, 5) == 0 or step == args.total_timesteps:
             state = {"script": SCRIPT, "recipe": recipe(args), "sac": sac, "step": step}
             state |= {"candidates": candidates, "replay": torch.from_numpy(replay[:step])}
             state["rng"] = rng.bit_generator.state
@@ -140,8 +141,8 @@ def robot(args: Args) -> tuple:
 
 
 def recipe(args: Args) -> dict:
-    """The arguments that a training depends on; tiers and pairs of the same one may differ."""
-    names = "env seed total_timesteps checkpoint_every learning_starts batch_size hidden"
+    """The arguments that a training depends on; tiers and pairs of it, and its length, may vary."""
+    names = "env seed checkpoint_every learning_starts batch_size hidden"
     return {key: getattr(args, key) for key in [*names.split(), "learning_rate", "gamma", "tau"]}
 
 
@@ -256,6 +257,8 @@ def check_args(args: Args) -> None:
     if every % BLOCK or args.learning_starts % BLOCK or steps % every:
         text = f"--checkpoint-every and --learning-starts must be multiples of {BLOCK}"
         raise ValueError(f"{text}, --total-timesteps one of --checkpoint-every")
+    if steps < 2 * every:
+        raise ValueError("--total-timesteps must be at least twice --checkpoint-every")
     if max(args.label_noise, args.gamma, args.tau) > 1:
         raise ValueError("--label-noise, --gamma and --tau must not be above 1")
     if args.tier_targets:
@@ -270,7 +273,7 @@ def main() -> None:
         args.total_timesteps = args.total_timesteps or robot(args)[-1]
         check_args(args)
         torch.set_num_threads(args.threads)
-        torch.manual_seed(args.seed)  # of networks
+        torch.manual_seed(10**6 + args.seed)  # of networks; a learner's of this seed are others
         env = make_env(args.env)
         (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -278,8 +281,9 @@ def main() -> None:
         work_dir = Path(args.work_dir or f"runs/mujoco_data__{args.env}__{args.seed}")
         begun = (work_dir / "checkpoint.pt").exists()
         state = read.checkpoint(work_dir, SCRIPT) if begun else {}
-        if begun and state.get("recipe") != recipe(args):
-            raise ValueError(f"{work_dir} holds a training with other arguments; see --work-dir")
+        if begun and (state.get("recipe") != recipe(args) or state["step"] > args.total_timesteps):
+            found = "a longer training, or one with other arguments"
+            raise ValueError(f"{work_dir} holds {found}; see --work-dir")
         output_dir = Path(args.output_dir or f"data_gen/assets/mujoco/{args.env}")
         write.open_folders(work_dir, output_dir)
 

@@ -70,8 +70,9 @@ def check_finite(step: int, run_dir: Path, **tensors) -> None:
     """SystemExit with one line that names the first tensor holding NaN or infinity."""
     bad = [name for name, x in tensors.items() if not x.isfinite().all()]  # all are asked
     if bad:
-        where = f"at step {step}; the last good state is in {run_dir}"
-        raise SystemExit(f"\nerror: {bad[0]} is not finite {where}")
+        saved = (run_dir / "checkpoint.pt").exists()
+        how = f"the last good state is in {run_dir}" if saved else "nothing is saved"
+        raise SystemExit(f"\nerror: {bad[0]} is not finite at step {step}; {how}")
 
 
 # -------------------------------------------------------------------------------- run folders
@@ -145,8 +146,8 @@ def open_run(args, script: str) -> Path:
     """The folder runs_dir/run_name, new or without a checkpoint, or resume's, with args.json. From
     here on this process alone writes there (of several that make up a run, the first). Ctrl-C says
     how to carry on and exits with 130; so do SIGTERM, with 143, and an error's traceback: the other
-    processes of a torchrun end by either when one has died. ValueError if another run is there, or
-    if a flag beside --resume would change what the run is."""
+    processes of a torchrun end by either when one has died. ValueError if another process writes
+    there, or if a flag beside --resume would change what the run is."""
     import fcntl
 
     if args.run_name in (".", "..") or Path(args.run_name).name != args.run_name:
@@ -184,8 +185,6 @@ def open_run(args, script: str) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"another process is writing to {folder}") from None
-    if not args.resume and (folder / "checkpoint.pt").exists():
-        raise ValueError(f"{folder} exists; carry it on with --resume {folder}")
     for left_over in folder.glob(".*.tmp"):
         shutil.rmtree(left_over, ignore_errors=True)
         left_over.unlink(missing_ok=True)
@@ -195,7 +194,11 @@ def open_run(args, script: str) -> Path:
 
 
 def tracker(args):
-    """wandb.log of a run of this name, or a function that does nothing."""
+    """wandb.log of a run of this name, or a function that does nothing. ValueError if there is such
+    a run already, which wandb would begin anew."""
+    folder = Path(args.runs_dir) / args.run_name
+    if not (args.resume or args.evaluate) and writes() and (folder / "checkpoint.pt").exists():
+        raise ValueError(f"{folder} exists; carry it on with --resume {folder}")
     if not args.track or args.evaluate or not writes():
         return lambda row, step=None: None
     import wandb

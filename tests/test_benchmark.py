@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,6 +123,18 @@ def test_a_film_of_a_robots_run(tmp_path, monkeypatch):
     film.write(frames, run / "film.gif", settings)
     with Image.open(run / "film.gif") as gif:
         assert gif.n_frames == 3 and gif.info["duration"] == 20
+
+
+def test_a_film_has_the_robots_own_time():
+    """More pictures a second than steps: some twice."""
+    import film
+
+    unwrapped, nothing = SimpleNamespace(dt=0.05), (0, 0.0, False, False, {})
+    env = SimpleNamespace(reset=lambda seed: (0, {}), step=lambda _: nothing, unwrapped=unwrapped)
+    env.render = lambda: np.zeros((1, 1, 3))
+    args = film.Args(Path("run"), seconds=2.0, first_second=0.5, frames_per_second=50)
+    actor = SimpleNamespace(act=lambda obs, noise: 0)
+    assert 97 < len(film.film(env, actor, args)) <= 100
 
 
 @pytest.mark.parametrize("given, fragment", [("nowhere", "no run"), ("robot", "no checkpoint")])

@@ -269,12 +269,17 @@ def test_numbers():
             read.check_numbers(replace(Args(), **{name: value}), "seed", "bounds")
 
 
-def test_not_finite_is_one_line_that_names_the_tensor():
+def test_not_finite_is_one_line_that_names_the_tensor(tmp_path):
     good = torch.zeros(3)
     read.check_finite(7, Path("runs/x"), good=good)
     for value in (float("nan"), float("inf")):
-        with pytest.raises(SystemExit, match="\nerror: bad is not finite at step 7; .*runs/x"):
+        with pytest.raises(
+            SystemExit, match="\nerror: bad is not finite at step 7; nothing is saved"
+        ):
             read.check_finite(7, Path("runs/x"), good=good, bad=torch.tensor([0.0, value]))
+    (tmp_path / "checkpoint.pt").touch()
+    with pytest.raises(SystemExit, match=f"step 7; the last good state is in {tmp_path}"):
+        read.check_finite(7, tmp_path, bad=torch.tensor([value]))
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,8 @@ def test_tracking_is_asked_for(tmp_path, data, monkeypatch, script):
     wandb.log = lambda row, step: calls.append((step, row))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     table = metrics(run(script, tmp_path, data, "--track"))[script is AIHF :]
+    result = execute(script, tmp_path, data, "--track")  # again: not begun anew at wandb's
+    assert_one_line_error(result, "exists; carry it on with --resume")
     settings, *logged = calls
     assert settings["id"] == "run" and settings["config"]["total_timesteps"] == 120
     assert [step for step, _ in logged[:2]] == ([30, 60] if script is AIHF else [0, 1])
