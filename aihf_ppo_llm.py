@@ -214,13 +214,13 @@ def main() -> None:
         if len(prompts) <= n:
             raise ValueError(f"{args.prompts} has too few rows for --eval-prompts {n}")
         train_prompts, train_ids = prompts[:-n], prompt_ids[:-n]
-        demos = [(prompt, prompt) for prompt in train_prompts]  # α = 0: prompts to centre R on
+        demos, demo_prompt_ids = [(x, "") for x in train_prompts], train_ids  # α = 0: to centre R
         if args.demo_weight:
             demos = read.rows(args.demonstrations, "prompt completion", args.num_demonstrations)
-        demo_prompt_ids = policy.texts.prompts([x for x, _ in demos], args.demonstrations)
-        completions = policy.texts.responses(demos, args.demonstrations)  # cut as the policy's are
-        completions = policy.texts.decode(demo_prompt_ids, completions)
-        demo_texts = [x + y for (x, _), y in zip(demos, completions)]
+            demo_prompt_ids = policy.texts.prompts([x for x, _ in demos], args.demonstrations)
+            completions = policy.texts.responses(demos, args.demonstrations)  # cut as π's are
+            completions = policy.texts.decode(demo_prompt_ids, completions)
+            demo_texts = [x + y for (x, _), y in zip(demos, completions)]
         weights = (w for model in (reference, base) for w in model.state_dict().values())
         data_hash = read.fingerprint(pairs, prompts, demos, [n], *weights)
         if state and state["data_hash"] != data_hash:
@@ -382,7 +382,7 @@ def load(kind: str, name: str, args: Args, **new_head):
     body = model.base_model_prefix
     if missing := [key for key in info["missing_keys"] if not new_head or key.startswith(body)]:
         raise ValueError(f"the model {name} lacks {', '.join(missing)[:100]}")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    if tokenizer.vocab_size > model.get_input_embeddings().num_embeddings:  # without added ones
         raise ValueError(f"the tokenizer of {name} has more tokens than its model")
     for block in blocks(model) if args.gradient_checkpointing else ():
         options = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout

@@ -14,7 +14,7 @@ To be a strong baseline it differs from the paper in three ways (benchmark/tunin
 bounds, averaged weights and the numbers marked "paper:" below:
 - Stages 1 and 2 keep what does best on held-out demonstrations and pairs.
 - New critics would undo the cloning in a few hundred updates. A robot's policy is frozen while they
-  warm up; the critic of a language model starts as a copy of the reward model.
+  warm up; a language model's starts as a copy of the reward model, if that reads its tokens.
 - A KL penalty holds the policy near stage 1's, as in (4), on robots too. The paper's robots have
   SAC's entropy bonus: --kl-coefficient 0 --learning-rate 1e-3 --demos-in-replay False; worse.
 """
@@ -901,7 +901,7 @@ def load(kind: str, name: str, args: LlmArgs, **new_head):
     body = model.base_model_prefix
     if missing := [key for key in info["missing_keys"] if not new_head or key.startswith(body)]:
         raise ValueError(f"the model {name} lacks {', '.join(missing)[:100]}")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    if tokenizer.vocab_size > model.get_input_embeddings().num_embeddings:  # without added ones
         raise ValueError(f"the tokenizer of {name} has more tokens than its model")
     for block in blocks(model) if args.gradient_checkpointing else ():
         options = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout

@@ -176,7 +176,7 @@ def table(rows: list[dict], sizes: list[tuple[str, str]], name: str = "llm") -> 
             )
             cells.append(f"{np.mean(last['seconds']) / 60:.1f}")
             if method == "sft":  # evaluated once
-                cells[3], cells[7] = "", ""
+                cells[3] = cells[7] = cells[9] = ""  # RLHF's reward is learned by then too
             cells[2:] = (cell.replace("-", "−") for cell in cells[2:])
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -42,7 +42,7 @@ run() { # method preferences seed
       *dpo) given+=(--dpo-steps 120 --eval-every 30 --checkpoint-every 60 --learning-rate 2e-5) ;;
       *) given+=(--reward-model-path runs/minilm --ppo-steps 40 --eval-every 10 --checkpoint-every 20)
          given+=(--learning-rate 5e-5 --value-learning-rate 1e-4)
-         [ "$1" = random ] && given+=(--reward-learning-rate 1e-12) || given+=(--reward-learning-rate 5e-5) ;;
+         [ "$1" = random ] && given+=(--reward-learning-rate 1e-12 --kl-coefficient 0.004) || given+=(--reward-learning-rate 5e-5) ;;
     esac
     [ "$1" = rlhf ] && given+=(--sft-epochs 1 --sft-learning-rate 5e-5)
     [ "$1$2" = rlhf100 ] && given+=(--reward-epochs 20) # as many updates as with 1,000; what does best is kept
@@ -53,7 +53,8 @@ run() { # method preferences seed
 }
 export -f run
 
-# SFT, RLHF's first stage, comes before what starts from it; `random` is the control, as in llm.sh
+# SFT, RLHF's first stage, comes before what starts from it; `random` is the control, as in llm.sh, with a β as
+# much smaller as an untrained MiniLM's rewards vary less
 for runs in "rlhf 1000,aihf-ppo 1000,aihf-dpo 1000" "aihf-ppo-sft 1000,dpo 1000,random 1000" "rlhf 100,aihf-ppo 100"; do
   for seed in ${SEEDS:-1 2 3}; do
     tr , '\n' <<<"$runs" | sed "s/$/ $seed/"

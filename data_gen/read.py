@@ -70,9 +70,8 @@ def check_finite(step: int, run_dir: Path, **tensors) -> None:
     """SystemExit with one line that names the first tensor holding NaN or infinity."""
     bad = [name for name, x in tensors.items() if not x.isfinite().all()]  # all are asked
     if bad:
-        saved = (run_dir / "checkpoint.pt").exists()
-        how = f"the last good state is in {run_dir}" if saved else "nothing is saved"
-        raise SystemExit(f"\nerror: {bad[0]} is not finite at step {step}; {how}")
+        what = "the last good state" if (run_dir / "checkpoint.pt").exists() else "no state"
+        raise SystemExit(f"\nerror: {bad[0]} is not finite at step {step}; {what} is in {run_dir}")
 
 
 # -------------------------------------------------------------------------------- run folders
@@ -155,8 +154,8 @@ def open_run(args, script: str) -> Path:
     folder = Path(args.resume or Path(args.runs_dir) / args.run_name)
     before = json.loads((folder / "args.json").read_text()) if args.resume else {}
     for name in [name for name in FIXED if name in before and before[name] != getattr(args, name)]:
-        flag = f"--{name.replace('_', '-')}"
-        raise ValueError(f"--resume cannot change {flag}, which is {before[name]!r}")
+        flag = name.replace("_", "-")
+        raise ValueError(f"--resume cannot change --{flag}, which is {before[name]!r}")
 
     def say_how_to_carry_on() -> None:
         saved = (folder / "checkpoint.pt").exists()
@@ -194,9 +193,8 @@ def open_run(args, script: str) -> Path:
 
 
 def tracker(args):
-    """wandb.log of a run of this name, or a function that does nothing. ValueError if there is such
-    a run already, which wandb would begin anew."""
-    folder = Path(args.runs_dir) / args.run_name
+    """wandb.log of a run of this new name, or a function that does nothing."""
+    folder = Path(args.runs_dir) / args.run_name  # one that is there would begin anew at wandb's
     if not (args.resume or args.evaluate) and writes() and (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder} exists; carry it on with --resume {folder}")
     if not args.track or args.evaluate or not writes():
@@ -300,8 +298,6 @@ def pairs(folder: Path, tiers: dict[str, Episodes], segment_length: int) -> list
     """Read pairs.csv: for each pair the preferred and the other segment, (tier, first step) each,
     steps counted over all of the tier's episodes."""
     path, pairs = folder / "pairs.csv", []
-    if not path.is_file():
-        raise ValueError(f"no preferences at {path}; see data_gen/README.md, mujoco_data.py")
     with open(path, newline="", encoding="utf-8-sig") as file:
         for number, row in enumerate(csv.DictReader(file), start=2):
             try:
@@ -421,7 +417,8 @@ class Texts:
     def pairs(self, pairs: list[tuple[str, str, str]], name: str) -> list[tuple[str, str, str]]:
         """The pairs, their responses without special tokens that they spell out, as `decode` gives
         other responses, but with some token; says how many pairs are of equal responses."""
-        special = "|".join(map(re.escape, self.tokenizer.all_special_tokens))
+        special = [str(x) for x in self.tokenizer.added_tokens_decoder.values() if x.special]
+        special = "|".join(map(re.escape, special))
         pairs = [(x, re.sub(special, "", y), re.sub(special, "", z)) for x, y, z in pairs]
         for column in zip(*pairs):
             self.ids(column, name)

@@ -812,6 +812,9 @@ def test_responses_of_pairs_spell_out_no_special_token(capsys):
     rows = [("a", " film</s>", " plot"), ("<s> a", " film", "</s> film")]
     assert texts.pairs(rows, "x") == [("a", " film", " plot"), ("<s> a", " film", " film")]
     assert "x: 1 of 2 pairs" in capsys.readouterr().out
+    texts.tokenizer.backend_tokenizer.add_special_tokens(["<end_of_turn>"])  # unnamed
+    rows = [("a", " film<end_of_turn>", "<end_of_turn> plot")]
+    assert texts.pairs(rows, "x") == [("a", " film", " plot")]
 
 
 def test_a_text_of_no_token():

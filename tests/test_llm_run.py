@@ -961,6 +961,21 @@ def policy_of(kind, **sizes):
 HEADLESS = without_a_weight("classifier.out_proj.weight")
 LARGE = edited("tokenizer.json", lambda raw: raw["model"]["vocab"].update(zzzz=9999))
 ENDLESS = edited("tokenizer_config.json", lambda raw: raw.update(eos_token=None))
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_a_tokenizer_may_know_an_unused_token_more(tmp_path, world, script):
+    """Gemma 3's, of the sizes that read no images."""
+    folder = shutil.copytree(world / "gpt2", tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    args = types.SimpleNamespace(gradient_checkpointing=False)
+    kind = "AutoModelForCausalLM" if script is SCRIPTS["dpo"] else "CausalLM"
+    model, found = script.module.load(kind, str(folder), args)
+    assert len(found) == model.get_input_embeddings().num_embeddings + 1
+
+
 BAD = {  # flags, or what makes them of the world and a folder; the line. More of it: test_read.py
     "no model": (["--model-name-or-path", "./nowhere"], "./nowhere"),
     "no judge": (["--ground-truth-path", "a/b/nowhere"], "nowhere"),

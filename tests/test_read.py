@@ -180,7 +180,7 @@ def test_pairs_that_are_no_table(tmp_path, data, capsys):
         with pytest.raises(SystemExit), read.input_errors():
             read_pairs(tmp_path, data, text)
         assert capsys.readouterr().err.count("\n") == 1
-    with pytest.raises(ValueError, match="no preferences at .*; see data_gen/README.md"):
+    with pytest.raises(FileNotFoundError, match="pairs.csv"):
         read.pairs(tmp_path / "nowhere", {"medium": (), "low": ()}, 4)
 
 
@@ -274,7 +274,7 @@ def test_not_finite_is_one_line_that_names_the_tensor(tmp_path):
     read.check_finite(7, Path("runs/x"), good=good)
     for value in (float("nan"), float("inf")):
         with pytest.raises(
-            SystemExit, match="\nerror: bad is not finite at step 7; nothing is saved"
+            SystemExit, match="\nerror: bad is not finite at step 7; no state is in runs/x"
         ):
             read.check_finite(7, Path("runs/x"), good=good, bad=torch.tensor([0.0, value]))
     (tmp_path / "checkpoint.pt").touch()
