@@ -368,9 +368,13 @@ def test_interrupt_says_how_to_carry_on(tmp_path, script, world, undisturbed, ca
 
 def test_two_writers_are_refused(tmp_path, script, world, finished):
     before = files(finished)
-    with open(finished / "lock", "w") as lock:
+    other = finished.with_name("other")  # without a checkpoint yet
+    other.mkdir()
+    with open(finished / "lock", "w") as lock, open(other / "lock", "w") as its_lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for result in (resume(script, finished), execute(script, tmp_path, world)):
+        fcntl.flock(its_lock, fcntl.LOCK_EX)
+        fresh = execute(script, tmp_path, world, "--run-name", "other")
+        for result in (resume(script, finished), fresh):
             assert_one_line_error(result, "another process is writing")
     assert_one_line_error(execute(script, tmp_path, world), "--resume runs/run")
     assert files(finished) == before
