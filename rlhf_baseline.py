@@ -14,7 +14,7 @@ To be a strong baseline it differs from the paper in three ways (benchmark/tunin
 bounds, averaged weights and the numbers marked "paper:" below:
 - Stages 1 and 2 keep what does best on held-out demonstrations and pairs.
 - New critics would undo the cloning in a few hundred updates. A robot's policy is frozen while they
-  warm up; a language model's starts as a copy of the reward model, if that reads its tokens.
+  warm up; a language model's critic starts as a copy of the reward model, if that reads its text.
 - A KL penalty holds the policy near stage 1's, as in (4), on robots too. The paper's robots have
   SAC's entropy bonus: --kl-coefficient 0 --learning-rate 1e-3 --demos-in-replay False; worse.
 """

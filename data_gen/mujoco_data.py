@@ -11,7 +11,8 @@ data_gen/assets/mujoco/<env>/ (formats: data_gen/README.md),
     manifest.json                    what made them: command, versions, returns, SHA-256 of files
 
 It can be interrupted: the same command carries on. Other tiers, pairs or segments of a finished
-training (other --segment-length, --num-pairs, --tier-targets ...) need no new training.
+training (other --segment-length, --num-pairs, --tier-targets ...) need no new training; a larger
+--total-timesteps carries it on.
 """
 
 import math
@@ -282,7 +283,7 @@ def main() -> None:
         begun = (work_dir / "checkpoint.pt").exists()
         state = read.checkpoint(work_dir, SCRIPT) if begun else {}
         if begun and (state.get("recipe") != recipe(args) or state["step"] > args.total_timesteps):
-            found = "a longer training, or one with other arguments"
+            found = "a longer training, or one with other arguments or of an earlier version"
             raise ValueError(f"{work_dir} holds {found}; see --work-dir")
         output_dir = Path(args.output_dir or f"data_gen/assets/mujoco/{args.env}")
         write.open_folders(work_dir, output_dir)

@@ -1,6 +1,6 @@
 """What every script shares, and nothing of AIHF: data, read and checked, and the folder of a run.
 
-Whatever is wrong is a ValueError that names file and row. Formats: data_gen/README.md.
+Whatever is wrong is a ValueError or OSError that names file and row. Formats: data_gen/README.md.
 """
 
 import csv
@@ -193,8 +193,8 @@ def open_run(args, script: str) -> Path:
 
 
 def tracker(args):
-    """wandb.log of a run of this new name, or a function that does nothing."""
-    folder = Path(args.runs_dir) / args.run_name  # one that is there would begin anew at wandb's
+    """wandb.log, or a function that does nothing. ValueError if the name has a checkpoint."""
+    folder = Path(args.runs_dir) / args.run_name  # a run that would begin anew at wandb's
     if not (args.resume or args.evaluate) and writes() and (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder} exists; carry it on with --resume {folder}")
     if not args.track or args.evaluate or not writes():

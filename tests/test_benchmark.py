@@ -67,6 +67,7 @@ def test_what_is_drawn(runs, tmp_path):
     svg = (tmp_path / "x.svg").read_text()
     assert "<!-- true return -->" in svg and "<!-- reward gap -->" in svg
     assert "<!-- ground-truth score -->" not in svg and "<!-- demonstrations -->" in svg
+    assert f"<!-- {runs['robot']} -->" in svg  # two runs of one name are told apart
 
 
 def test_curves_and_lines_are_those_of_the_run(runs):

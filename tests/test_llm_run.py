@@ -376,7 +376,7 @@ def test_two_writers_are_refused(tmp_path, script, world, finished):
         fresh = execute(script, tmp_path, world, "--run-name", "other")
         for result in (resume(script, finished), fresh):
             assert_one_line_error(result, "another process is writing")
-    assert_one_line_error(execute(script, tmp_path, world), "--resume runs/run")
+        assert_one_line_error(execute(script, tmp_path, world), "--resume runs/run")
     assert files(finished) == before
 
 
@@ -768,6 +768,12 @@ def test_training_cannot_see_the_ground_truth(tmp_path, script, world, plain):
         assert code == 0, (out, err)
         scores += re.findall(r"gt_score (-?\d+\.\d+)", out)
     assert len(set(scores)) == 2, scores
+
+
+def test_without_their_weight_no_demonstrations_are_read(tmp_path, world):
+    flags = ["--demo-weight", 0, "--demonstrations", "nowhere.jsonl", "--ppo-steps", 1]
+    code, out, err = execute(SCRIPTS["ppo"], tmp_path, world, *flags)
+    assert code == 0 and "nowhere" not in out, err
 
 
 def test_rlhf_leaves_out_what_is_given(tmp_path, world):

@@ -384,7 +384,9 @@ def test_a_longer_training_carries_on(tmp_path, data, updates):
     helpers.assert_one_line_error(result, "a longer training", "--work-dir")
 
 
-@pytest.mark.parametrize("every, saves", [(10_000, 5), (20_000, 2), (50_000, 1), (500, 5)])
+@pytest.mark.parametrize(
+    "every, saves", [(10_000, 5), (20_000, 2), (50_000, 1), (100_000, 1), (500, 5)]
+)
 def test_no_more_than_50_000_steps_are_lost(tmp_path, monkeypatch, every, saves):
     """Whatever there is between candidates; of the first ten, those after which it is saved."""
     written = []
