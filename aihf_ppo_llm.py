@@ -214,7 +214,7 @@ def main() -> None:
         if len(prompts) <= n:
             raise ValueError(f"{args.prompts} has too few rows for --eval-prompts {n}")
         train_prompts, train_ids = prompts[:-n], prompt_ids[:-n]
-        demos, demo_prompt_ids = [(x, x) for x in train_prompts], train_ids  # α = 0: to centre R
+        demos, demo_prompt_ids = [(x, "") for x in train_prompts], train_ids  # α = 0: no D
         if args.demo_weight:
             demos = read.rows(args.demonstrations, "prompt completion", args.num_demonstrations)
             demo_prompt_ids = policy.texts.prompts([x for x, _ in demos], args.demonstrations)

@@ -85,7 +85,7 @@ def train(args: Args, env, actor: Actor, work_dir: Path, state: dict) -> list:
     critics = Critics(obs_dim, act_dim, args.hidden).to(device)
     sac = init_sac(actor, critics, 1.0)
     widths = (obs_dim, act_dim, 1, obs_dim, 1)  # a transition: s, a, r, s', whether it ended there
-    rng, step, candidates = np.random.default_rng([args.seed, 4]), 0, []  # no learner's
+    rng, step, candidates = np.random.default_rng([args.seed, 4]), 0, []
     with read.input_errors():
         replay = np.zeros((args.total_timesteps, sum(widths)), np.float32)
     if state:
@@ -126,8 +126,8 @@ def train(args: Args, env, actor: Actor, work_dir: Path, state: dict) -> list:
         policy = {key: parameter.cpu().clone() for key, parameter in sac["actor"].items()}
         candidates.append((step, score, policy))
         bar.set_postfix(true_return=f"{score:.0f}", best=f"{max(c[1] for c in candidates):.0f}")
-        often = max(1, 50_000 // args.checkpoint_every)  # candidates between saves
-        if len(candidates) % min(often, 5) == 0 or step == args.total_timesteps:
+        between = min(5, max(1, 50_000 // args.checkpoint_every))  # candidates from save to save
+        if len(candidates) % between == 0 or step == args.total_timesteps:
             state = {"script": SCRIPT, "recipe": recipe(args), "sac": sac, "step": step}
             state |= {"candidates": candidates, "replay": torch.from_numpy(replay[:step])}
             state["rng"] = rng.bit_generator.state
@@ -274,7 +274,7 @@ def main() -> None:
         args.total_timesteps = args.total_timesteps or robot(args)[-1]
         check_args(args)
         torch.set_num_threads(args.threads)
-        torch.manual_seed(10**6 + args.seed)  # of networks; a learner's of this seed are others
+        torch.manual_seed(10**6 + args.seed)  # of networks, others than a learner's of this seed
         env = make_env(args.env)
         (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -283,7 +283,7 @@ def main() -> None:
         begun = (work_dir / "checkpoint.pt").exists()
         state = read.checkpoint(work_dir, SCRIPT) if begun else {}
         if begun and (state.get("recipe") != recipe(args) or state["step"] > args.total_timesteps):
-            found = "a longer training, or one with other arguments or of an earlier version"
+            found = "a longer training, or one with other arguments"
             raise ValueError(f"{work_dir} holds {found}; see --work-dir")
         output_dir = Path(args.output_dir or f"data_gen/assets/mujoco/{args.env}")
         write.open_folders(work_dir, output_dir)

@@ -194,7 +194,7 @@ def open_run(args, script: str) -> Path:
 
 def tracker(args):
     """wandb.log, or a function that does nothing. ValueError if the name has a checkpoint."""
-    folder = Path(args.runs_dir) / args.run_name  # a run that would begin anew at wandb's
+    folder = Path(args.runs_dir) / args.run_name  # wandb would begin a run of its name anew
     if not (args.resume or args.evaluate) and writes() and (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder} exists; carry it on with --resume {folder}")
     if not args.track or args.evaluate or not writes():

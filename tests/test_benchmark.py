@@ -364,6 +364,17 @@ def test_a_sharper_policy_has_less_entropy():
     assert alone == pytest.approx(loss.exp().item(), rel=1e-4) and found != alone
 
 
+def test_policies_are_those_of_the_runs_asked_for(tmp_path):
+    import llm_sharpness
+
+    for run in ("llm__dpo__1000__1000__1", "smollm2__rlhf__1000__1000__2"):
+        for name in ("policy", "sft"):
+            (tmp_path / run / name).mkdir(parents=True)
+    run = tmp_path / "smollm2__rlhf__1000__1000__2"
+    expected = {(x, "1000", "1000", "2"): run / y for x, y in (("rlhf", "policy"), ("sft", "sft"))}
+    assert llm_sharpness.policies(tmp_path, "smollm2") == expected
+
+
 def test_both_rewards_read_the_same_texts(tmp_path):
     """The judge in the place of both, and a ground truth that RLHF's samples have upside down."""
     import llm_rewards
@@ -373,14 +384,16 @@ def test_both_rewards_read_the_same_texts(tmp_path):
     scores = llm_rewards.Scorer(str(judge), llm_rewards.Settings(), True).score(prompts).tolist()
     for method in ("rlhf", "aihf-ppo"):
         row = {"charts/step": 3, "eval/gt_score": 1}
-        run = write_run(tmp_path / f"llm__{method}__100__1000__2", [row], ppo_steps=3)
+        run = write_run(tmp_path / f"smollm2__{method}__100__1000__2", [row], ppo_steps=3)
         (run / "reward").symlink_to(judge)
         for name, sign in (("samples_sft", 1), ("samples", signs.get(method, 1))):
             rows = [
                 {"prompt": x, "response": "", "gt_score": sign * y} for x, y in zip(prompts, scores)
             ]
             (run / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    run_of_aihf, run_of_rlhf = sorted(llm_rewards.collect(tmp_path), key=lambda row: row["reward"])
+    rows = llm_rewards.collect(tmp_path, "smollm2")
+    run_of_aihf, run_of_rlhf = sorted(rows, key=lambda row: row["reward"])
+    assert not llm_rewards.collect(tmp_path)
     finals = [float(row["gt_score"]) for row in (run_of_aihf, run_of_rlhf)]
     assert finals == pytest.approx([np.mean(scores), -np.mean(scores)], abs=1e-4)
     assert run_of_rlhf == run_of_aihf | {"reward": "rlhf", "gt_score": run_of_rlhf["gt_score"]}
