@@ -236,9 +236,9 @@ def load(kind: str, name: str, args: Args):
     if info["missing_keys"]:
         raise ValueError(f"the model {name} lacks {', '.join(info['missing_keys'])[:100]}")
     read.special_tokens(tokenizer)  # raises ValueError if there is no tokenizer
-    size = model.get_input_embeddings().num_embeddings
-    added = tokenizer.added_tokens_decoder.items()  # special ones may be unused: Gemma's
-    if tokenizer.vocab_size > size or any(i >= size and not x.special for i, x in added):
+    size = model.get_input_embeddings().num_embeddings  # special tokens may lie beyond: Gemma's
+    added = [i for i, x in tokenizer.added_tokens_decoder.items() if not x.special]
+    if max(tokenizer.vocab_size - 1, tokenizer.eos_token_id or 0, *added) >= size:
         raise ValueError(f"the tokenizer of {name} has more tokens than its model")
     for block in blocks(model) if args.gradient_checkpointing else ():
         options = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout

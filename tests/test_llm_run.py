@@ -942,6 +942,12 @@ def no_token(world: Path, folder: Path) -> list:
     return model(world, folder) + row(world, folder)
 
 
+def another_end(folder: Path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"eos_token": "<another end>"})
+    tokenizer.save_pretrained(folder)
+
+
 def without_tokenizer(folder: Path):
     for path in folder.glob("tokenizer*"):
         path.unlink()
@@ -999,6 +1005,7 @@ BAD = {  # flags, or what makes them of the world and a folder; the line. More o
     "no weight": (changed_model(without_a_weight("transformer.h.0.ln_1.weight")), "h.0.ln_1.w"),
     "no weight, judge": (changed_model(HEADLESS, "ground-truth-path", "roberta"), "lacks class"),
     "large tokenizer": (changed_model(LARGE), "more tokens than its model"),
+    "an end token too many": (changed_model(another_end), "more tokens than its model"),
     "no end token": (changed_model(ENDLESS), "no end-of-text token"),
     "long texts": (["--response-length", 81], "reads 96 tokens"),
     "an untrained judge": (lambda world, _: ["--ground-truth-path", world / "gpt2"], "gpt2"),
