@@ -24,6 +24,7 @@ after it our memory of rollouts, from which reward updates draw their steps, is 
   is their default.
 - sb3-blocks, sbx-blocks: the same with 50 environment steps and then 50 updates, the order ours has
   and the fair one to compare its update with: SBX compiles the 50 into one call.
+- floor: what SAC cannot do without, alone: the robot's physics and an update's matrix products.
 """
 
 import csv
@@ -49,8 +50,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark/results/sac_speed.csv"
 # BLOCK, policy_steps_per_iteration and rollout_memory of aihf_sac_mujoco.py
 BLOCK, ITERATION, MEMORY = 50, 5_000, 10
-OURS, OTHERS = ("aihf", "aihf-lower-level"), ("sb3", "sbx", "sb3-blocks", "sbx-blocks")
-TURNS = ("aihf", "sb3", "sbx", "aihf-lower-level", "sb3-blocks", "sbx-blocks")
+OURS, OTHERS = ("aihf", "aihf-lower-level"), ("sb3", "sbx", "sb3-blocks", "sbx-blocks", "floor")
+TURNS = ("aihf", "sb3", "sbx", "aihf-lower-level", "sb3-blocks", "sbx-blocks", "floor")
 COLUMNS = ("library", "round", "steps_per_second")
 ONE_THREAD = {
     **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
@@ -147,6 +148,42 @@ def measure_other(library: str, env: str, hidden, batch_size: int, steps: int, s
     return steps / seconds
 
 
+def products(obs_dim: int, act_dim: int, hidden, batch_size: int) -> list[tuple[int, int, int]]:
+    """(m, k, n) of each product (m, k) x (k, n) in a SAC update. Forward: the policy for both losses,
+    the twin targets, and the twin Q networks for both losses. Gradients: of weights for each loss,
+    of inputs too, but of a first layer's only where an action needs them."""
+    policy, q = (obs_dim, *hidden, 2 * act_dim), (obs_dim + act_dim, *hidden, 1)
+    found, n = [], batch_size
+    for sizes, forward, weights, inputs, first_inputs in ((policy, 2, 1, 1, 0), (q, 6, 2, 4, 2)):
+        for layer, (i, o) in enumerate(zip(sizes, sizes[1:])):
+            found += [(n, i, o)] * forward + [(i, n, o)] * weights
+            found += [(n, o, i)] * (inputs if layer else first_inputs)
+    return found
+
+
+def measure_floor(env: str, hidden, batch_size: int, steps: int, **_) -> float:
+    """Steps per second of the robot's physics under random actions and of these products."""
+    import gymnasium as gym
+    import torch
+
+    torch.set_num_threads(1)
+    gym.logger.min_level = gym.logger.ERROR
+    robot = gym.make(env, disable_env_checker=True)
+    (obs_dim,), (act_dim,) = robot.observation_space.shape, robot.action_space.shape
+    shapes = products(obs_dim, act_dim, hidden, batch_size)
+    factors = [(torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)) for m, k, n in shapes]
+    robot.action_space.seed(0)
+    robot.reset(seed=0)
+    started = time.perf_counter()
+    for _ in range(steps):
+        _, _, terminated, truncated, _ = robot.step(robot.action_space.sample())
+        if terminated or truncated:
+            robot.reset()
+        for a, b, out in factors:
+            torch.mm(a, b, out=out)
+    return steps / (time.perf_counter() - started)
+
+
 def summary(rows: list[dict]) -> str:
     """The table of speeds and that of ratios, from rows with all libraries in each round. The
     median ratio is that of the rounds' ratios: what slows a whole round down leaves it alone."""
@@ -168,7 +205,8 @@ def summary(rows: list[dict]) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:  # one measurement of another library, for the process below
-        print(measure_other(**json.loads(sys.argv[2])))
+        task = json.loads(sys.argv[2])
+        print((measure_floor if task["library"] == "floor" else measure_other)(**task))
         raise SystemExit
     with read.input_errors():
         args = tyro.cli(Args, description=__doc__.split("\n\n")[0])

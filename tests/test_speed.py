@@ -13,8 +13,10 @@ import llm_memory
 import llm_speed
 import pytest
 import sac_speed
+import torch
 import tyro
 from helpers import ROOT
+from torch.utils.flop_counter import FlopCounterMode
 
 import aihf_sac_mujoco as aihf
 
@@ -61,6 +63,18 @@ def test_our_side_is_the_shipped_script_with_flags_it_has(monkeypatch, library, 
     args = sac_speed.Args(hidden=(256, 256), batch_size=64, steps=20_000)
     # 2 iterations of n steps in n / 300 + n / 600 seconds
     assert sac_speed.measure_ours(library, args, seed=1) == pytest.approx(400)
+
+
+def test_the_floor_has_the_matrix_products_of_an_update():
+    shapes = sac_speed.products(obs_dim=5, act_dim=2, hidden=(8, 4), batch_size=16)
+    actor, critics = aihf.Actor(5, 2, (8, 4)), aihf.Critics(5, 2, (8, 4))
+    sac = aihf.init_sac(actor, critics, 0.1)
+    update = aihf.make_sac_update(actor, critics, 0.99, 0.005, -2.0)
+    batch = [torch.randn(16, *shape) for shape in ([5], [2], [], [5], [])]
+    with FlopCounterMode(display=False) as counter:
+        update(sac, torch.tensor(1e-3), *batch, torch.randn(2, 16, 2))
+    assert sum(2 * m * k * n for m, k, n in shapes) == counter.get_total_flops()
+    assert sac_speed.measure_floor("Swimmer-v5", (8, 4), batch_size=16, steps=20) > 0
 
 
 @pytest.mark.parametrize(("script", "library"), [("sac_speed", "sbx"), ("llm_speed", "trl")])
