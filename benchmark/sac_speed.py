@@ -149,9 +149,9 @@ def measure_other(library: str, env: str, hidden, batch_size: int, steps: int, s
 
 
 def products(obs_dim: int, act_dim: int, hidden, batch_size: int) -> list[tuple[int, int, int]]:
-    """(m, k, n) of each product (m, k) x (k, n) in a SAC update. Forward: the policy for both losses,
-    the twin targets, the twin Q networks for both losses. Gradients: of weights for each loss, of
-    inputs too, but of a first layer's only where an action needs them."""
+    """(m, k, n) of each product (m, k) x (k, n) in a SAC update. Forward: the policy for both
+    losses, the twin targets, the twin Q networks for both losses. Gradients: of weights for each
+    loss, of inputs too, but of a first layer's only where an action needs them."""
     policy, q = (obs_dim, *hidden, 2 * act_dim), (obs_dim + act_dim, *hidden, 1)
     found, n = [], batch_size
     for sizes, forward, weights, inputs, first_inputs in ((policy, 2, 1, 1, 0), (q, 6, 2, 4, 2)):
