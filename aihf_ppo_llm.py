@@ -234,17 +234,13 @@ def main() -> None:
         for name in learned if state and not args.evaluate else ():
             load_optimizer(optimizers[name], state[f"{name}_optimizer"])
         memory, log = state.get("memory", []), state.get("log", [])  # τ' for g1; metrics.csv
-        if len(log) - 1 > args.ppo_steps:
-            raise ValueError(f"the run has done {len(log) - 1} steps, more than --ppo-steps")
-        track = read.tracker(args)
-        run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, SCRIPT)
+        run_dir, track = read.open_run(args, SCRIPT)
 
     models = policy, reference, base, reward, (judge.to(device) if judge else None)
     evaluation = partial(evaluate, models, (prompts[-n:], prompt_ids[-n:]), args, run_dir)
     if args.evaluate:
         return evaluation(log[-1]["charts/step"])
-    counts = ("charts/step", "charts/episodes", "charts/reward_updates", "charts/wall_seconds")
-    log = log or [dict.fromkeys(counts, 0) | evaluation(0)]
+    log = log or [{"charts/step": 0, "charts/wall_seconds": 0} | evaluation(0)]
     track(log[-1], step=len(log) - 1)
     rates = args.learning_rate, args.value_learning_rate, args.reward_learning_rate  # π, V, R
 
@@ -343,8 +339,7 @@ def main() -> None:
         columns |= {"objective/entropy": -old_log_probs.sum(-1), "charts/ended_share": ended}
         columns |= {"objective/rlhf_reward": rewards.sum(-1)}
         row |= {name: gather(column).mean().item() for name, column in columns.items()}
-        row |= {"charts/step": step + 1, "charts/episodes": (step + 1) * args.batch_size}
-        row["charts/reward_updates"] = (k + 1) * args.reward_updates_per_iteration
+        row["charts/step"] = step + 1
         finished = step + 1 == args.ppo_steps
         if (step + 1) % args.eval_every == 0 or finished:
             row |= evaluation(step + 1)

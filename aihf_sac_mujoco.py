@@ -215,8 +215,7 @@ def main() -> None:
                 learned.load_state_dict(state[name])
             replay[demo_steps : demo_steps + len(state["replay"])] = state["replay"]
             recent, log, rng.bit_generator.state = state["recent"], state["log"], state["rng"]
-        track = read.tracker(args)
-        run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, SCRIPT)
+        run_dir, track = read.open_run(args, SCRIPT)
 
     def features_and_weights(obs, actions, lengths) -> tuple[Tensor, Tensor]:
         weights = step_weights(torch.as_tensor(lengths), args.return_form, args.gamma)

@@ -247,8 +247,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             reward.load_state_dict(state["reward"])
             replay[demo_steps : demo_steps + len(state["replay"])] = state["replay"]
             log, rng.bit_generator.state = state["log"], state["rng"]
-        track = read.tracker(args)
-        run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, f"{SCRIPT} mujoco")
+        run_dir, track = read.open_run(args, f"{SCRIPT} mujoco")
     data = {tier: reward.features(*tiers[tier][:2]) for tier in tiers}
     segments = [  # preferred and other, (pairs, segment_length, obs_dim + act_dim) each
         torch.stack([data[tier][start : start + args.segment_length] for tier, start in side])
@@ -746,10 +745,7 @@ def llm(args: LlmArgs, state: dict) -> None:
             load_optimizer(optimizers[name], state[f"{name}_optimizer"])
         log = state.get("log", [])  # rows of metrics.csv
         stage, first_step = (log[-1][f"charts/{x}"] for x in ("stage", "step")) if log else (1, 0)
-        if stage == 3 and first_step > args.ppo_steps:
-            raise ValueError(f"the run has done {first_step} steps, more than --ppo-steps")
-        track = read.tracker(args)
-        run_dir = Path(args.evaluate) if args.evaluate else read.open_run(args, f"{SCRIPT} llm")
+        run_dir, track = read.open_run(args, f"{SCRIPT} llm")
 
     models = policy, reference, base, reward, (judge.to(device) if judge else None)
     evaluation = partial(evaluate_responses, models, (prompts[-n:], prompt_ids[-n:]), args, run_dir)
@@ -759,9 +755,8 @@ def llm(args: LlmArgs, state: dict) -> None:
     def record(step: int, row: dict, started: float, save: bool = True) -> None:
         """A row of metrics.csv, and a checkpoint."""
         seconds = time.perf_counter() - started + (log[-1]["charts/wall_seconds"] if log else 0)
-        episodes = step * args.batch_size if stage == 3 else 0
-        log.append({"charts/stage": stage, "charts/step": step, "charts/episodes": episodes})
-        log[-1] |= {"charts/wall_seconds": seconds} | row
+        counts = {"charts/stage": stage, "charts/step": step, "charts/wall_seconds": seconds}
+        log.append(counts | row)
         track(log[-1], step=len(log) - 1)
         if save:
             state = {"script": f"{SCRIPT} llm", "args": asdict(args), "data_hash": data_hash}

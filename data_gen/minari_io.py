@@ -152,7 +152,6 @@ def from_minari(dataset_id: str, npz: Path, episodes: int = 0) -> str:
     parts = []
     for index, episode in enumerate(played):
         fields = {key: np.asarray(getattr(episode, key)) for key in ARRAYS}
-        fields["truncations"] = np.where(fields["terminations"] == 1, 0, fields["truncations"])
         parts.append(as_stored(fields, f"episode {index} of {dataset_id}"))
     arrays = {key: np.concatenate([fields[key] for fields in parts]) for key in ARRAYS}
     npz.parent.mkdir(parents=True, exist_ok=True)

@@ -141,14 +141,20 @@ def write_samples(path: Path | None, title: str, prompts, responses, scores: dic
         write_whole(path, lambda path: path.write_text(lines))
 
 
-def open_run(args, script: str) -> Path:
-    """The folder runs_dir/run_name, new or without a checkpoint, or resume's, with args.json. From
-    here on this process alone writes there (of several that make up a run, the first). Ctrl-C says
-    how to carry on and exits with 130; so do SIGTERM, with 143, and an error's traceback: the other
-    processes of a torchrun end by either when one has died. ValueError if another process writes
-    there, or if a flag beside --resume would change what the run is."""
+def open_run(args, script: str):
+    """The folder runs_dir/run_name, new or without a checkpoint, or resume's, with args.json; and
+    wandb.log, or a function that does nothing. From here on this process alone writes there (of
+    several that make up a run, the first). Ctrl-C says how to carry on and exits with 130; so do
+    SIGTERM, with 143, and an error's traceback: the other processes of a torchrun end by either
+    when one has died. ValueError if another process writes there, or if a flag beside --resume
+    would change what the run is. To evaluate: the folder alone, as it is."""
     import fcntl
 
+    def track(row: dict, step: int) -> None:
+        """Without --track."""
+
+    if args.evaluate:
+        return Path(args.evaluate), track
     if args.run_name in (".", "..") or Path(args.run_name).name != args.run_name:
         raise ValueError(f"--run-name {args.run_name!r} must be a plain name; see --runs-dir")
     folder = Path(args.resume or Path(args.runs_dir) / args.run_name)
@@ -156,6 +162,13 @@ def open_run(args, script: str) -> Path:
     for name in [name for name in FIXED if name in before and before[name] != getattr(args, name)]:
         flag = name.replace("_", "-")
         raise ValueError(f"--resume cannot change --{flag}, which is {before[name]!r}")
+    if not args.resume and writes() and (folder / "checkpoint.pt").exists():
+        raise ValueError(f"{folder} exists; carry it on with --resume {folder}")
+    if args.track and writes():  # after this check: wandb would begin a run of its name anew
+        import wandb
+
+        wandb.init(id=args.run_name, resume="allow" if args.resume else None, config=asdict(args))
+        track = wandb.log
 
     def say_how_to_carry_on() -> None:
         saved = (folder / "checkpoint.pt").exists()
@@ -177,7 +190,7 @@ def open_run(args, script: str) -> Path:
     signal.signal(signal.SIGTERM, interrupt)
     sys.excepthook = crash
     if not writes():
-        return folder
+        return folder, track
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)  # given back when the process ends
     try:
@@ -189,20 +202,7 @@ def open_run(args, script: str) -> Path:
         left_over.unlink(missing_ok=True)
     text = json.dumps({"script": script, **asdict(args)}, indent=2) + "\n"
     write_whole(folder / "args.json", lambda path: path.write_text(text))
-    return folder
-
-
-def tracker(args):
-    """wandb.log, or a function that does nothing. ValueError if the name has a checkpoint."""
-    folder = Path(args.runs_dir) / args.run_name  # wandb would begin a run of its name anew
-    if not (args.resume or args.evaluate) and writes() and (folder / "checkpoint.pt").exists():
-        raise ValueError(f"{folder} exists; carry it on with --resume {folder}")
-    if not args.track or args.evaluate or not writes():
-        return lambda row, step=None: None
-    import wandb
-
-    wandb.init(id=args.run_name, resume="allow" if args.resume else None, config=asdict(args))
-    return wandb.log
+    return folder, track
 
 
 def checkpoint(run: str, script: str, go_on: bool = False) -> dict:
@@ -259,14 +259,10 @@ def check_episodes(arrays: dict[str, np.ndarray], source) -> np.ndarray:
     found, steps = sizes.pop("observations"), sizes["actions"]
     if steps == 0 or {*sizes.values()} != {steps}:
         raise ValueError(f"{source} is empty, or its arrays are of different lengths: {sizes}")
-    flags = arrays["terminations"].astype(int) + arrays["truncations"]
-    ends, wanted = np.flatnonzero(flags), steps + np.count_nonzero(flags)
-    if flags.max() > 1:
-        raise ValueError(f"{source}: row {flags.argmax()} is terminated and truncated")
-    if not flags[-1] or found != wanted:
-        last = "" if flags[-1] else ", and the last step is no end"
-        counts = f"{steps} steps and {len(ends)} ends need {wanted} observations, not {found}{last}"
-        raise ValueError(f"{source}: episode ends do not add up: {counts}")
+    ends = np.flatnonzero(arrays["terminations"].astype(int) + arrays["truncations"])
+    if ends.max(initial=-1) != steps - 1 or found != steps + len(ends):
+        wanted = f"{steps + len(ends)} observations, not {found}, and an end at the last step"
+        raise ValueError(f"{source}: {steps} steps and {len(ends)} ends need {wanted}")
     return np.diff(ends, prepend=-1)
 
 
@@ -303,27 +299,22 @@ def pairs(folder: Path, tiers: dict[str, Episodes], segment_length: int) -> list
             try:
                 a, b = (_segment(row, side, tiers, segment_length) for side in "ab")
                 pairs.append({"1": (a, b), "0": (b, a)}[row["label"]])  # the preferred one first
-            except (KeyError, TypeError, ValueError) as error:
-                other = "label must be 0 or 1, or a column is missing"
-                reason = error if isinstance(error, ValueError) else other
-                raise ValueError(f"{path} line {number}: {reason}") from None
+            except (KeyError, TypeError, ValueError, IndexError):
+                wanted = f"label 0 or 1, two segments of --segment-length {segment_length} or more"
+                wanted += ", inside episodes of the tiers medium and low"
+                raise ValueError(f"{path} line {number} needs {wanted}") from None
     if not pairs:
         raise ValueError(f"{path} is empty: it holds no pair")
     return pairs
 
 
 def _segment(row: dict, side: str, tiers: dict[str, Episodes], least: int) -> tuple[str, int]:
-    columns = [row[f"{name}_{side}"] for name in ("episode", "start", "length")]
-    if not all(re.fullmatch("[0-9]{1,9}", column) for column in columns):
-        raise ValueError(f"episode, start and length of side {side} must be whole numbers")
-    tier, (episode, start, length) = row[f"tier_{side}"], map(int, columns)
-    if tier not in ("medium", "low") or episode >= len(tiers[tier].lengths):
-        raise ValueError(f"side {side} is of no episode of the tiers medium and low")
-    if start + length > tiers[tier].lengths[episode]:
-        raise ValueError(f"side {side} is longer than its episode")
-    if length < least:
-        raise ValueError(f"segments of {length} steps are shorter than --segment-length {least}")
-    return tier, int(tiers[tier].lengths[:episode].sum()) + start
+    tier = row[f"tier_{side}"]
+    episode, start, length = (int(row[f"{name}_{side}"]) for name in ("episode", "start", "length"))
+    lengths = tiers[tier].lengths
+    if tier == "high" or min(episode, start) < 0 or not least <= length <= lengths[episode] - start:
+        raise ValueError
+    return tier, int(lengths[:episode].sum()) + start
 
 
 # -------------------------------------------------------------------------------------- texts

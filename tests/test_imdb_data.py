@@ -251,9 +251,16 @@ def test_what_a_model_without_a_padding_token_reads(tmp_path, monkeypatch, data,
     tokenizer.save_pretrained(folder)
     inputs, read_by = imdb_data.inputs, []
     monkeypatch.setattr(imdb_data, "inputs", lambda *x: read_by.append(inputs(*x)) or read_by[-1])
+    train, trained = imdb_data.train, []
+    monkeypatch.setattr(imdb_data, "train", lambda *x: trained.append(x[0]) or train(*x))
+    spoil, spoiled = imdb_data.spoil, []
+    monkeypatch.setattr(imdb_data, "spoil", lambda *x: spoiled.append(x[1]) or spoil(*x))
     made = make("classifier", tmp_path, data=data, model=folder, steps=50, full_share=0.9)
     config = json.loads((made / "config.json").read_text())
     assert config["pad_token_id"] == tokenizer.eos_token_id
+    assert {module.p for module in trained[0].modules() if hasattr(module, "p")} == {0.1}
+    great = tokenizer("a great")["input_ids"][-1]
+    assert spoiled[0][0] == great
     padding = torch.cat([x["input_ids"][x["attention_mask"] == 0] for x in read_by])
     assert len(padding) and (padding == 1).all()
     assert 38 < sum(x["input_ids"].shape[1] > 12 for x in read_by[:50]) < 50
@@ -384,11 +391,15 @@ def test_tiers(tmp_path, monkeypatch, model, judge):
     """Of each prompt the responses of three policies, none of them blank, ranked by the classifier;
     PPO is begun and carried on; interrupted, the same command ends with the same files."""
     ppo, seeds, continuations = FakePPO(model), [], imdb_data.continuations
+    base = transformers.AutoModelForCausalLM.from_pretrained(model).transformer.ln_f.weight
+    scales, asked = [], []  # of the policies that write, and what they are asked
 
     def with_one_blank(*given):
         texts, (*_, prompts, _, seed) = continuations(*given), given
         if any(prompts):
             seeds.append(seed)
+            scales.append((given[0].transformer.ln_f.weight / base).mean().item())
+            asked.append(prompts)
             texts[0] = " " if seed[1:] == [5, 100] else texts[0]
         return texts
 
@@ -414,6 +425,10 @@ def test_tiers(tmp_path, monkeypatch, model, judge):
     tier_prompts = [row["prompt"] for row in rows["demonstrations"]]
     assert len(asked_of_ppo) == len(prompts) == 78 and 80 < len(tier_prompts) < 104
     assert len({*asked_of_ppo, *prompts, *tier_prompts}) == 156 + len(tier_prompts)
+    words = transformers.AutoTokenizer.from_pretrained(model)
+    assert {len(ids) for ids in words(asked_of_ppo)["input_ids"]} == {*range(4, 13)}
+    assert scales == pytest.approx([1, 1, 6, 6, 11, 11])
+    assert asked[:2] == asked[2:4] == asked[4:] and {*tier_prompts} <= {*asked[0], *asked[1]}
     assert [row["prompt"] for row in rows["preferences"]] == tier_prompts
 
     network = transformers.AutoModelForSequenceClassification.from_pretrained(judge).eval()
@@ -456,13 +471,17 @@ def test_what_is_sampled_does_not_depend_on_a_models_own_settings(model):
     plain = imdb_data.continuations(network, tokenizer, WORDS, 6, [1])
     network.generation_config.temperature, network.generation_config.top_p = 0.01, 0.1
     assert imdb_data.continuations(network, tokenizer, WORDS, 6, [1]) == plain
-    assert len(set(plain)) > 2
+    assert len(set(plain)) > 2 and max(map(len, tokenizer(plain)["input_ids"])) <= 6
     network.transformer.ln_f.weight.data.mul_(0.01)  # almost every token alike
     assert len(set(imdb_data.continuations(network, tokenizer, ["a"] * 400, 1, [1]))) > 60
     network.transformer.wte.weight.data.normal_()  # one is certain, by the token before it
     network.transformer.ln_f.weight.data.mul_(1e6)
     alone = [imdb_data.continuations(network, tokenizer, [x], 6, [1])[0] for x in WORDS]
     assert imdb_data.continuations(network, tokenizer, WORDS, 6, [1]) == alone
+    generate, begun = network.generate, []
+    network.generate = lambda ids, **others: begun.append(ids) or generate(ids, **others)
+    imdb_data.continuations(network, tokenizer, ["", ""], 3, [1])
+    assert begun[0].tolist() == 2 * [[tokenizer.bos_token_id]]
 
 
 def test_prompts_of_real_reviews(tmp_path, monkeypatch, data, model, judge):

@@ -124,13 +124,14 @@ def world(tmp_path_factory) -> Path:
 
     prompts = [words(1, 9) for _ in range(15)]
     write_lines(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
-    rows = [{"prompt": p, "completion": f" great {words(1, 7)} great"} for p in prompts[:11]]
+    rows = [{"prompt": p, "completion": f" great {words(1, 7)} great"} for p in prompts[10::-1]]
     rows[1]["completion"] = rows[4]["completion"] = " great film </s>"
     write_lines(folder / "demonstrations.jsonl", rows)
     rows = [
         {"prompt": p, "chosen": f" great {words(1, 3)}", "rejected": f" {words(1, 7)} awful"}
         for p in prompts[3:13]
     ]
+    rows[2]["rejected"] += " </s>"  # which no reward reads, as it is in no other text
     write_lines(folder / "preferences.jsonl", rows)
     return folder
 
@@ -146,6 +147,12 @@ def not_read(flags: dict) -> dict:
     """The files that weights of 0 leave alone are not there."""
     weights = {"demonstrations": "demo_weight", "preferences": "preference_weight"}
     return {name: "./nowhere.jsonl" for name, weight in weights.items() if not flags[weight]}
+
+
+def plain_pairs(world: Path, count: int) -> list[tuple]:
+    """Preferences without the end token that a text spells out."""
+    text = (world / "preferences.jsonl").read_text().replace("</s>", "")
+    return [tuple(json.loads(line).values()) for line in text.splitlines()[:count]]
 
 
 def read_lines(path: Path) -> list[tuple]:
@@ -395,7 +402,7 @@ def reference_ppo_step(nets, prompts, held_out, step, seeds, anneal, flags, voca
             statistics.append({name: mean.item() for name, mean in means.items()})
     for name in ("policy", "value", "approx_kl", "clip_fraction"):
         log[f"losses/{name}"] = np.mean([row[name] for row in statistics])
-    log |= {"charts/step": step + 1, "charts/episodes": (step + 1) * flags["batch_size"]}
+    log["charts/step"] = step + 1
     if (step + 1) % flags["eval_every"] == 0 or step + 1 == flags["ppo_steps"]:
         log |= evaluated(nets, held_out, flags, vocabulary)
     return log
@@ -880,7 +887,7 @@ def reference_aihf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list, 
     if flags.get("reward_model_path"):
         vocabulary = VOCABULARY[:3] + WORDS[::-1]
     demos = read_lines(world / "demonstrations.jsonl")[: flags["num_demonstrations"]]
-    pairs = read_lines(world / "preferences.jsonl")[: flags["num_preferences"]]
+    pairs = plain_pairs(world, flags["num_preferences"])
     prompts = [prompt for (prompt,) in read_lines(world / "prompts.jsonl")]
     train, held_out = prompts[: -flags["eval_prompts"]], prompts[-flags["eval_prompts"] :]
     alpha, weight = flags["demo_weight"], flags["preference_weight"]
@@ -893,8 +900,7 @@ def reference_aihf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list, 
         return reward_of(reward, text, vocabulary)
 
     row = evaluated(nets, held_out, flags, vocabulary)
-    log, memory = [{"charts/step": 0, "charts/episodes": 0, "charts/reward_updates": 0} | row], []
-    seed, updates = flags["seed"], 0
+    log, memory, seed = [{"charts/step": 0} | row], [], flags["seed"]
     for step in range(flags["ppo_steps"]):
         row, left = {}, 1 - step / flags["ppo_steps"] if anneal else 1
         if step % flags["policy_steps_per_iteration"] == 0:
@@ -929,7 +935,6 @@ def reference_aihf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list, 
                     loss, right = loss - objective / batch, right + is_right.item() / batch
                 rate = flags["reward_learning_rate"] * left
                 reward.descend(loss, rate, flags["max_grad_norm"])
-                updates += 1
             row |= {"rewards/loss": loss.item()} | ({"rewards/accuracies": right} if weight else {})
             with torch.no_grad():
                 reward.offset = reward.offset + np.mean([r(text).item() for text in own])
@@ -938,7 +943,7 @@ def reference_aihf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list, 
             if step == 0 and vocabulary is VOCABULARY:
                 nets["value"].copy(reward)
         row |= reference_ppo_step(nets, train, held_out, step, (5, 6), anneal, flags, vocabulary)
-        log.append(row | {"charts/reward_updates": updates})
+        log.append(row)
     return nets, memory, log
 
 
@@ -1072,7 +1077,7 @@ def reference_rlhf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list]:
         vocabulary = VOCABULARY[:3] + WORDS[::-1]
     skipped = {1: flags.get("sft_model_path"), 2: not own_reward}
     demos = read_lines(world / "demonstrations.jsonl")[: flags["num_demonstrations"]]
-    pairs = read_lines(world / "preferences.jsonl")[: flags["num_preferences"]]
+    pairs = plain_pairs(world, flags["num_preferences"])
     prompts = [prompt for (prompt,) in read_lines(world / "prompts.jsonl")]
     train, held_out = prompts[: -flags["eval_prompts"]], prompts[-flags["eval_prompts"] :]
     rng, splits = np.random.default_rng([seed, 0]), []
@@ -1114,7 +1119,7 @@ def reference_rlhf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list]:
             if (step + 1) % max(1, steps // 10) == 0 or step + 1 == steps:
                 with torch.no_grad():
                     found = {key: x.item() for key, x in mean(loss, others).items()}
-                row = {"charts/stage": stage, "charts/step": step + 1, "charts/episodes": 0}
+                row = {"charts/stage": stage, "charts/step": step + 1}
                 row |= {f"{name}/loss": np.mean(recent), f"{name}/held_out_loss": found.pop("loss")}
                 log.append(row | {f"{name}/{key}": x for key, x in found.items()})
                 recent = []
@@ -1134,7 +1139,7 @@ def reference_rlhf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list]:
     if own_reward:
         nets["value"].copy(nets["reward"])
     row = evaluated(nets, held_out, flags, vocabulary)
-    log.append({"charts/stage": 3, "charts/step": 0, "charts/episodes": 0} | row)
+    log.append({"charts/stage": 3, "charts/step": 0} | row)
     for step in range(flags["ppo_steps"]):
         row = reference_ppo_step(nets, train, held_out, step, (3, 4), anneal, flags, vocabulary)
         log.append(row | {"charts/stage": 3})

@@ -396,7 +396,6 @@ def test_a_finished_run(tmp_path, script, world, finished, plain):
     steps = int(last["charts/step"])
     paths = [(f"--{x}-model-path", world / "gpt2") for x in ("sft", "reward")]
     own = of(script, ppo=paths[1:], dpo=[], rlhf=[*paths, ("--held-out-share", 0.2)])
-    assert_one_line_error(resume(script, finished, script.steps, 1), f"more than {script.steps}")
     for flag, value in (("--seed", 2), ("--run-name", "x"), *own):
         result = resume(script, finished, script.steps, steps + 1, flag, value)
         assert_one_line_error(result, f"--resume cannot change {flag}, which is")
@@ -526,6 +525,8 @@ def test_presets_are_the_papers_and_flags_beside_them_win(script):
     assert (hh.batch_size, hh.reward_learning_rate, hh.dtype) == (4, 1e-5, "bfloat16")
     assert (imdb.reward_batch_size, imdb.value_learning_rate) == (128, 1.41e-5)
     assert hh.value_learning_rate == 1e-6 and getattr(hh, "reward_epochs", 1) == 1
+    if script.module is rlhf_baseline:
+        assert imdb.sft_learning_rate == hh.sft_learning_rate == 1e-5 and hh.sft_epochs == 1
     if script.module is aihf_ppo_llm:
         assert (imdb.policy_steps_per_iteration, imdb.reward_updates_per_iteration) == (20, 12)
         assert (hh.policy_steps_per_iteration, hh.reward_updates_per_iteration) == (6000, 20)
@@ -805,6 +806,13 @@ def test_other_models(tmp_path, script, world):
     folder = run(script, tmp_path, world, *flags)
     row = metrics(folder)[-1]
     assert float(row["eval/kl"]) != 0 and not {f"eval/{name}" for name in TRUTH} & {*row}
+    for kind, model in (("policy", "llama"), ("reward", "neox")):
+        vocabularies = [
+            transformers.AutoTokenizer.from_pretrained(path).get_vocab()
+            for path in (folder / kind, world / model)
+            if (folder / kind).exists()
+        ]
+        assert vocabularies[:1] == vocabularies[1:]
     if script.module is rlhf_baseline:  # with a critic of its own: carried on as if never stopped
         given = ["--no-anneal", script.steps]
         (tmp_path / "whole").mkdir()

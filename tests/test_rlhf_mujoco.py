@@ -98,9 +98,10 @@ def test_kl_divergence():
     wide, narrow = new_actor(seed=2), new_actor(seed=3)  # beyond what a policy's deviation may be
     wide.net[-1].bias.data[2:], narrow.net[-1].bias.data[2:] = 9.0, -1.0
     wide.net[-1].bias.data[3] = -40.0
-    found = rlhf.kl_divergence(actor, parameters(wide), parameters(narrow), obs)
-    policies = (slow.gaussian(net, obs) for net in (wide.net, narrow.net))
-    close(found, kl_divergence(*policies).sum(-1), 1e-9)
+    for one, other in ((wide, narrow), (narrow, wide)):
+        found = rlhf.kl_divergence(actor, parameters(one), parameters(other), obs)
+        policies = (slow.gaussian(net, obs) for net in (one.net, other.net))
+        close(found / found.mean(), kl_divergence(*policies).sum(-1) / found.mean(), 1e-9)
     many = obs.repeat(20_000, 1)
     actions, log_prob = actor(many, draw(len(many), 2, seed=2))
     estimate = log_prob - rlhf.log_likelihood(clone, many, actions)
@@ -120,6 +121,27 @@ def test_hold_out(share, held_out):
     assert torch.cat(parts).tolist() != list(range(10))
     with pytest.raises(ValueError, match=f"--held-out-share {share} of 1 "):
         rlhf.hold_out(1, share, np.random.default_rng(0))
+
+
+def test_update_near_a_clone():
+    """Against the slow reference in float64; the clone is another policy, and 20 updates go far."""
+    actor, clone = new_actor(), new_actor(seed=1)
+    critics = rlhf.Critics(3, 2, (8, 7)).double()
+    slow_critics = [copy.deepcopy(critics.q1), copy.deepcopy(critics.q2)]
+    reference = slow.SAC(copy.deepcopy(actor.net), slow_critics, 1.0, False, 0.9, 0.05, warm_up=2)
+    reference.cloned = clone.net
+    sac = rlhf.init_sac(actor, critics, 1.0) | {"cloned": parameters(clone)}
+    sac |= {name: {key: p.double() for key, p in sac[name].items()} for name in ("beta", "updates")}
+    update = rlhf.make_sac_update(actor, critics, 0.9, 0.05, None, 2)
+    for seed in range(20):
+        obs, next_obs, action = draw(16, 3, seed=seed), draw(16, 3, seed=seed + 20), draw(16, 2)
+        ends, noise = (draw(16, seed=seed) > 0.5).double(), draw(2, 16, 2, seed=seed)
+        batch = obs, action.tanh(), obs[:, 0], next_obs, ends, noise
+        losses = update(sac, torch.tensor(0.05, dtype=torch.float64), *batch)
+        close(losses, reference.update(0.05, *batch), 1e-7)
+    state = {f"{net}.{key}": p for net, params in sac.items() for key, p in params.items()}
+    for name, p in reference.state().items():
+        close(state[name], p, 1e-7)
 
 
 def test_update_to_a_uniform_policy_is_that_of_aihf():
