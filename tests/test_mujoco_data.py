@@ -318,6 +318,14 @@ def test_tiers_are_shares_of_the_way(monkeypatch, env, random, best, wanted, ste
     assert mujoco_data.robot(mujoco_data.Args(env=env))[-1] == steps
 
 
+def test_shares_are_of_what_high_reached(monkeypatch):
+    """The best return of three episodes was luck."""
+    planted = [*((x, x) for x in np.linspace(-43, -13, 301)), (-3, -13)]
+    means = pick(monkeypatch, "Reacher-v5", -43, planted)
+    wanted = {"low": -43 + 0.66 * 30, "medium": -43 + 0.85 * 30, "high": -13}
+    assert means == pytest.approx(wanted, abs=0.2)
+
+
 def test_targets_given(monkeypatch):
     """A quarter of the standard deviation counts as distance: 2 of the nearest to medium, 0.5 of
     the nearest to high."""
