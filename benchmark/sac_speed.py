@@ -31,7 +31,6 @@ import csv
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -42,11 +41,11 @@ from pathlib import Path
 from statistics import median
 
 import tyro
+from llm_speed import ROOT, run
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(ROOT))
 from data_gen import read
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark/results/sac_speed.csv"
 # BLOCK, policy_steps_per_iteration and rollout_memory of aihf_sac_mujoco.py
 BLOCK, ITERATION, MEMORY = 50, 5_000, 10
@@ -70,14 +69,6 @@ class Args:
     # environment steps in each: a multiple of 5000, the length of a policy alignment; fewer (a
     # multiple of 50) make one short alignment, in which the rollouts weigh more
     steps: int = 10_000
-
-
-def run(*command: str) -> str:
-    """What a process prints; if it fails, so do we, with the last line of its errors."""
-    process = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
-    if process.returncode:
-        raise SystemExit((process.stderr.strip() or "error: no message").splitlines()[-1])
-    return process.stdout
 
 
 def warm_up(steps: int) -> tuple[int, int]:

@@ -823,15 +823,6 @@ def test_other_models(tmp_path, script, world):
         assert code == 0 and not compare_checkpoints(folder, whole, ("args", "log")), (out, err)
 
 
-def test_a_reward_model_without_a_weight(tmp_path, script, world):
-    """A new head is no news, a new layer is."""
-    if script.module is aihf_dpo_llm:
-        pytest.skip("there is no reward model")
-    change = changed_model(without_a_weight("transformer.h.0.ln_1.weight"), "reward-model-path")
-    flags = change(world, tmp_path)
-    assert_one_line_error(execute(script, tmp_path, world, *flags), "h.0.ln_1.w")
-
-
 def test_activations_computed_anew_change_nothing(tmp_path, script, world, plain):
     """Blocks run again in backward, and only there; every number stays the same."""
     calls, block = [], transformers.models.gpt2.modeling_gpt2.GPT2Block.forward
@@ -982,6 +973,7 @@ def policy_of(kind, **sizes):
     return make
 
 
+WITHOUT_A_NORM = without_a_weight("transformer.h.0.ln_1.weight")
 HEADLESS = without_a_weight("classifier.out_proj.weight")
 LARGE = edited("tokenizer.json", lambda raw: raw["model"]["vocab"].update(zzzz=9999))
 ENDLESS = edited("tokenizer_config.json", lambda raw: raw.update(eos_token=None))
@@ -1010,7 +1002,7 @@ BAD = {  # flags, or what makes them of the world and a folder; the line. More o
     "a number": (changed_row("prompts", prompt=4), "prompts.jsonl row 4"),
     "no token": (no_token, "demonstrations.jsonl row 4"),
     "no tokenizer": (changed_model(without_tokenizer), "changed"),
-    "no weight": (changed_model(without_a_weight("transformer.h.0.ln_1.weight")), "h.0.ln_1.w"),
+    "no weight": (changed_model(WITHOUT_A_NORM), "h.0.ln_1.w"),
     "no weight, judge": (changed_model(HEADLESS, "ground-truth-path", "roberta"), "lacks class"),
     "large tokenizer": (changed_model(LARGE), "more tokens than its model"),
     "an end token too many": (changed_model(another_end), "more tokens than its model"),
@@ -1030,6 +1022,7 @@ BAD_PPO = {  # of the scripts that have these flags
     "no prompt to learn on": (["--eval-prompts", 24], "--eval-prompts"),
     "nothing": (["--demo-weight", 0, "--preference-weight", 0], "nothing to learn"),
     "no reward model": (["--reward-model-path", "./nowhere"], "./nowhere"),
+    "no weight, reward": (changed_model(WITHOUT_A_NORM, "reward-model-path"), "h.0.ln_1.w"),
     "no critic": (policy_of("ModernBertDecoder", num_attention_heads=2), "it is no critic"),
 }
 
