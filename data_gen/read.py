@@ -144,10 +144,8 @@ def write_samples(path: Path | None, title: str, prompts, responses, scores: dic
 def open_run(args, script: str):
     """The folder runs_dir/run_name, new or without a checkpoint, or resume's, with args.json; and
     wandb.log, or a function that does nothing. From here on this process alone writes there (of
-    several that make up a run, the first). Ctrl-C says how to carry on and exits with 130; so do
-    SIGTERM, with 143, and an error's traceback: the other processes of a torchrun end by either
-    when one has died. ValueError if another process writes there, or if a flag beside --resume
-    would change what the run is. To evaluate: the folder alone, as it is."""
+    several that make up a run, the first). ValueError if another process writes there, or if a flag
+    beside --resume would change what the run is. To evaluate: the folder alone, as it is."""
     import fcntl
 
     def track(row: dict, step: int) -> None:
@@ -169,26 +167,7 @@ def open_run(args, script: str):
 
         wandb.init(id=args.run_name, resume="allow" if args.resume else None, config=asdict(args))
         track = wandb.log
-
-    def say_how_to_carry_on() -> None:
-        saved = (folder / "checkpoint.pt").exists()
-        how = f"carry on with: python {script} --resume {shlex.quote(str(folder))}"
-        how = how if saved else "nothing is saved"
-        print(f"\nstopped; {how}", flush=True)
-
-    def interrupt(signum, frame):
-        if writes() or signum == signal.SIGTERM:
-            say_how_to_carry_on()
-        sys.exit(128 + signum)
-
-    def crash(*error, hook=sys.excepthook):  # wandb's, if there is one
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # lest the line come twice
-        hook(*error)
-        say_how_to_carry_on()
-
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
-    sys.excepthook = crash
+    say_how_to_carry_on(folder, script)
     if not writes():
         return folder, track
     folder.mkdir(parents=True, exist_ok=True)
@@ -203,6 +182,30 @@ def open_run(args, script: str):
     text = json.dumps({"script": script, **asdict(args)}, indent=2) + "\n"
     write_whole(folder / "args.json", lambda path: path.write_text(text))
     return folder, track
+
+
+def say_how_to_carry_on(folder: Path, script: str) -> None:
+    """From here on Ctrl-C says how to carry on and exits with 130; so do SIGTERM, with 143, and an
+    error's traceback: the other processes of a torchrun end by either when one has died."""
+
+    def say() -> None:
+        how = f"carry on with: python {script} --resume {shlex.quote(str(folder))}"
+        how = how if (folder / "checkpoint.pt").exists() else "nothing is saved"
+        print(f"\nstopped; {how}", flush=True)
+
+    def interrupt(signum, frame):
+        if writes() or signum == signal.SIGTERM:
+            say()
+        sys.exit(128 + signum)
+
+    def crash(*error, hook=sys.excepthook):  # wandb's, if there is one
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # lest the line come twice
+        hook(*error)
+        say()
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    sys.excepthook = crash
 
 
 def checkpoint(run: str, script: str, go_on: bool = False) -> dict:

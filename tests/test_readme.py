@@ -35,7 +35,7 @@ BUDGETS = {  # lines, at most
     "aihf_ppo_llm.py": 630,
     "aihf_dpo_llm.py": 456,
     "rlhf_baseline.py": 1155,
-    "data_gen/read.py": 453,
+    "data_gen/read.py": 456,
     "benchmark/plot.py": 90,
 }
 FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.M | re.S)
