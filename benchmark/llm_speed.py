@@ -80,19 +80,27 @@ def run(*command: str, **environment: str) -> str:
     return process.stdout
 
 
+def on_one_core() -> None:
+    """This process and those it starts, without a GPU."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
 def step_seconds(times: list[float]) -> float:
     """The median step, from the times at which the first step and each after it ended."""
     return median(after - before for before, after in zip(times, times[1:]))
 
 
-def measure_ours(training: str, seed: int) -> float:
-    """Seconds a step; the last one, whose time has evaluation in it, is one more than asked for."""
+def measure_ours(training: str, seed: int, *through: str) -> float:
+    """Seconds a step, of the script or of what runs it; the last one, whose time has evaluation in
+    it, is one more than asked for."""
     options = f"""{OURS[training]} {STEPS[training] + 2} --learning-rate {RATE} --seed {seed}
         --ground-truth-path= --eval-every {10**9} --eval-prompts 2 --checkpoint-every {10**9}
         --response-length {LENGTH} --max-prompt-length {PROMPT} --threads 1 --no-cuda
         --run-name speed {"" if training == "dpo" else POLICY}"""
     with tempfile.TemporaryDirectory() as runs_dir:
-        run(*options.split(), "--runs-dir", runs_dir)
+        run(*through, *options.split(), "--runs-dir", runs_dir)
         with open(Path(runs_dir) / "speed/metrics.csv", newline="") as file:
             rows = list(csv.DictReader(file))
     return step_seconds([float(row["charts/wall_seconds"]) for row in rows[1:-1]])
@@ -215,6 +223,13 @@ def measure_floor(training: str, repeats: int = 5) -> float:
     )
 
 
+def write_table(path: Path, rows: list[dict]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def summary(rows: list[dict]) -> str:
     """The table of medians and that of ratios, from rows with everything in each round."""
     seconds = {}
@@ -244,9 +259,7 @@ if __name__ == "__main__":
             raise ValueError("there is no trl; pip install -e '.[speed]'")
         if args.rounds < 1 or args.trl_ppo and not (Path(args.trl_ppo) / "trl").is_dir():
             raise ValueError("--rounds must be above 0, --trl-ppo a folder that has trl")
-        os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        on_one_core()
     print(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl")))
     rows = []
     for number in range(1, args.rounds + 1):
@@ -262,8 +275,5 @@ if __name__ == "__main__":
                     value = float(run(*worker, **path).split()[-1])
                 print(f"round {number}: {what} {value:.3f} s", flush=True)
                 rows.append(dict(zip(COLUMNS, (training, what, number, f"{value:.5g}"))))
-        with open(RESULTS, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_table(RESULTS, rows)
     print(f"\n{summary(rows)}\n\nwrote {RESULTS}")

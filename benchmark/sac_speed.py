@@ -41,7 +41,7 @@ from pathlib import Path
 from statistics import median
 
 import tyro
-from llm_speed import ROOT, run
+from llm_speed import ROOT, run, write_table
 
 sys.path.insert(0, str(ROOT))
 from data_gen import read
@@ -227,8 +227,5 @@ if __name__ == "__main__":
                 speed = float(printed.split()[-1])
             print(f"round {number}: {library} {speed:.0f} steps/s", flush=True)
             rows.append(dict(zip(COLUMNS, (library, number, f"{speed:.6g}"))))
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_table(path, rows)
     print(f"\n{summary(rows)}\n\nwrote {path}")

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import llm_memory
 import llm_speed
+import llm_steps
 import pytest
 import sac_speed
 import torch
 import tyro
-from helpers import ROOT
+from helpers import ROOT, metrics, run_script
 from torch.utils.flop_counter import FlopCounterMode
 
 import aihf_sac_mujoco as aihf
@@ -125,6 +126,37 @@ def test_our_training_is_the_shipped_script_with_flags_it_has(monkeypatch, train
 
     monkeypatch.setattr(llm_speed, "run", run)
     assert llm_speed.measure_ours(training, seed=1) == 2
+
+
+@pytest.mark.parametrize(
+    ("training", "change"),
+    [*(("dpo", change) for change in ("unfused_adam", "logits_of_prompts_too", "sorted_by_length")),
+     ("ppo", "nothing_cached"), ("ppo", "logits_of_prompts_too")],
+)  # fmt: skip
+def test_changed_steps_compute_the_same(tmp_path, monkeypatch, training, change):
+    """But for rounding."""
+    script = importlib.import_module(f"aihf_{training}_llm")
+    patched = [(torch.optim, "Adam"), (script.Policy, "forward"), (llm_steps.read, "draw")]
+    for owner, name in patched + ([(script.Policy, "rows")] if training == "dpo" else []):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # as it is now, afterwards
+    assets = ROOT / "data_gen/assets/imdb"
+    flags = f"""--model-name-or-path {assets}/model --demonstrations {assets}/demonstrations.jsonl
+        --preferences {assets}/preferences.jsonl --prompts {assets}/prompts.jsonl --eval-prompts 2
+        --ground-truth-path= --{training}-steps 2 --batch-size 8 --no-cuda --threads 1
+        --learning-rate 1e-5 --num-demonstrations 40 --num-preferences 40 """
+    if training == "ppo":
+        flags += """--minibatch-size 8 --reward-updates-per-iteration 1 --reward-batch-size 4
+            --value-learning-rate 1e-5 --reward-learning-rate 1e-5"""
+    rows = []
+    for name in ("shipped", "changed"):
+        code, out, err = run_script(script, [*flags.split(), "--run-name", name], tmp_path)
+        assert code == 0, (out, err)
+        rows.append(metrics(tmp_path / "runs" / name)[-1])
+        llm_steps.NAMES[change](script)
+    for row in rows:
+        del row["charts/wall_seconds"]
+    shipped, changed = ({key: float(x or 0) for key, x in row.items()} for row in rows)
+    assert changed == pytest.approx(shipped, rel=1e-3, abs=1e-4)
 
 
 def test_floor_of_each_training_is_measured():
