@@ -150,6 +150,8 @@ def main() -> None:
         if state and not args.evaluate:
             load_optimizer(optimizer, state["optimizer"])
         log = state.get("log", [])  # rows of metrics.csv, one a step from 0
+        if len(log) - 1 > args.dpo_steps:
+            raise ValueError(f"the run has done {len(log) - 1} steps, more than --dpo-steps")
         run_dir, track = read.open_run(args, SCRIPT)
 
     models, held_out = (policy, reference, base, judge), (prompts, prompt_ids)
@@ -232,10 +234,10 @@ def load(kind: str, name: str, args: Args):
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **no_code)
     if info["missing_keys"]:
         raise ValueError(f"the model {name} lacks {', '.join(info['missing_keys'])[:100]}")
-    read.special_tokens(tokenizer)  # raises ValueError if there is no tokenizer
-    size = model.get_input_embeddings().num_embeddings  # special tokens may lie beyond: Gemma's
-    added = [i for i, x in tokenizer.added_tokens_decoder.items() if not x.special]
-    if max(tokenizer.vocab_size - 1, tokenizer.eos_token_id or 0, *added) >= size:
+    size = model.get_input_embeddings().num_embeddings  # unused ones may lie beyond: Gemma's
+    used = [i for i, x in tokenizer.added_tokens_decoder.items() if not x.special]
+    used += sum(read.special_tokens(tokenizer), [tokenizer.eos_token_id or 0])
+    if max(tokenizer.vocab_size - 1, *used) >= size:
         raise ValueError(f"the tokenizer of {name} has more tokens than its model")
     for block in blocks(model) if args.gradient_checkpointing else ():
         options = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout

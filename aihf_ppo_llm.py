@@ -234,6 +234,8 @@ def main() -> None:
         for name in learned if state and not args.evaluate else ():
             load_optimizer(optimizers[name], state[f"{name}_optimizer"])
         memory, log = state.get("memory", []), state.get("log", [])  # τ' for g1; metrics.csv
+        if len(log) - 1 > args.ppo_steps:
+            raise ValueError(f"the run has done {len(log) - 1} steps, more than --ppo-steps")
         run_dir, track = read.open_run(args, SCRIPT)
 
     models = policy, reference, base, reward, (judge.to(device) if judge else None)
@@ -377,9 +379,10 @@ def load(kind: str, name: str, args: Args, **new_head):
     body = model.base_model_prefix
     if missing := [key for key in info["missing_keys"] if not new_head or key.startswith(body)]:
         raise ValueError(f"the model {name} lacks {', '.join(missing)[:100]}")
-    size = model.get_input_embeddings().num_embeddings  # special tokens may lie beyond: Gemma's
-    added = [i for i, x in tokenizer.added_tokens_decoder.items() if not x.special]
-    if max(tokenizer.vocab_size - 1, tokenizer.eos_token_id or 0, *added) >= size:
+    size = model.get_input_embeddings().num_embeddings  # unused ones may lie beyond: Gemma's
+    used = [i for i, x in tokenizer.added_tokens_decoder.items() if not x.special]
+    used += sum(read.special_tokens(tokenizer), [tokenizer.eos_token_id or 0])
+    if max(tokenizer.vocab_size - 1, *used) >= size:
         raise ValueError(f"the tokenizer of {name} has more tokens than its model")
     for block in blocks(model) if args.gradient_checkpointing else ():
         options = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout

@@ -3,12 +3,13 @@
     python benchmark/llm_steps.py
 
 prints a line for each measurement, then seconds a step, and how many times as fast as the changed
-script the shipped one is; writes benchmark/results/llm_steps.csv. Allow half an hour. All is as in
+script the shipped one is; writes benchmark/results/llm_steps.csv. Allow an hour. All is as in
 llm_speed.py: one core, one thread, the embedded model; all take turns in every round.
 
 Undone: Adam fused into one call; logits of the responses alone; keys and values kept while a
-response is sampled. Tried and not shipped: torch.compile of the policy's passes but sampling; DPO's
-pairs sorted by length, in micro-batches of 8, for less padding. --dtype bfloat16 is a flag.
+response is sampled. Tried and not shipped: torch.compile of the policy's passes, but not of
+sampling or of the value network's; DPO's pairs in micro-batches of 8, and these sorted by length,
+for less padding. --dtype bfloat16 is a flag.
 """
 
 import importlib
@@ -16,6 +17,7 @@ import sys
 from dataclasses import dataclass
 
 import torch
+import transformers
 import tyro
 from llm_speed import COLUMNS, ROOT, measure_ours, on_one_core, summary, write_table
 
@@ -57,6 +59,7 @@ def nothing_cached(module) -> None:
 
 
 def compiled(module) -> None:
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it would go on uncompiled
     forward = module.Policy.forward
 
     def through_compiler(self, ids, mask, length, cache=None):
@@ -70,37 +73,50 @@ def compiled(module) -> None:
 
 
 def sorted_by_length(module) -> None:
-    rows, draw, found = module.Policy.rows, read.draw, []
+    rows, draw, found = module.Policy.rows, read.draw, []  # found: of pairs, as no others are read
     module.Policy.rows = lambda *args: found.append(rows(*args)) or found[-1]
 
-    def length(i: int) -> int:
-        return max(len(x) + len(y) for x, y in found[-1][i])
+    def lengths(i: int) -> tuple[int, int]:  # prompts and responses are padded apart
+        return max(len(y) for _, y in found[-1][i]), len(found[-1][i][0][0])
 
-    read.draw = lambda *args: sorted(draw(*args), key=length)
+    read.draw = lambda *args: sorted(draw(*args), key=lengths)
 
 
-CHANGES = {unfused_adam: (), logits_of_prompts_too: (), nothing_cached: (), compiled: ()}
-CHANGES |= {sorted_by_length: ("--micro-batch-size", "8"), None: ("--dtype", "bfloat16")}
-NAMES = {change.__name__ if change else "bfloat16": change for change in CHANGES}
+CHANGES = {  # what it does to a script, and its flags
+    "unfused_adam": (unfused_adam, ()),
+    "logits_of_prompts_too": (logits_of_prompts_too, ()),
+    "nothing_cached": (nothing_cached, ()),
+    "compiled": (compiled, ()),
+    "small_micro_batches": (None, ("--micro-batch-size", "8")),
+    "small_and_sorted": (sorted_by_length, ("--micro-batch-size", "8")),
+    "bfloat16": (None, ("--dtype", "bfloat16")),
+}
+EVERYWHERE = ("unfused_adam", "logits_of_prompts_too", "compiled", "bfloat16")
 TURNS = {  # training: the changes that can make a difference
-    "dpo": ("unfused_adam", "logits_of_prompts_too", "compiled", "sorted_by_length", "bfloat16"),
-    "remax": ("unfused_adam", "logits_of_prompts_too", "nothing_cached", "compiled", "bfloat16"),
-    "ppo": ("unfused_adam", "logits_of_prompts_too", "nothing_cached", "compiled", "bfloat16"),
+    "dpo": (*EVERYWHERE, "small_micro_batches", "small_and_sorted"),
+    "remax": (*EVERYWHERE, "nothing_cached"),
+    "ppo": (*EVERYWHERE, "nothing_cached"),
 }
 
+
+def change_and_run(change: str, script: str, *flags: str) -> None:
+    """The script, changed, with its flags."""
+    module, (alter, more) = importlib.import_module(script.removesuffix(".py")), CHANGES[change]
+    if alter:
+        alter(module)
+    sys.argv = [script, *flags, *more]
+    module.main()
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:  # a script, changed, with its flags
-        change, script, *flags = sys.argv[2:]
-        module = importlib.import_module(script.removesuffix(".py"))
-        if NAMES[change]:
-            NAMES[change](module)
-        sys.argv = [script, *flags, *CHANGES[NAMES[change]]]
-        module.main()
+    if sys.argv[1:2] == ["--worker"]:  # one measurement, for the process below
+        change_and_run(*sys.argv[2:])
         raise SystemExit
     with read.input_errors():
         args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
         read.check_numbers(args, "")
         on_one_core()
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}")
     rows = []
     for number in range(1, args.rounds + 1):
         for training, changes in TURNS.items():

@@ -7,8 +7,7 @@
 Each takes seconds and prints one line that says what it wrote. Needs `pip install -e '.[minari]'`.
 Datasets lie where Minari keeps them ($MINARI_DATASETS_PATH, else ~/.minari/datasets); nothing is
 downloaded (`minari download` does that). Episode files: data_gen/README.md. From Minari, numbers
-are rounded to float32, and an episode that ends with both flags (a fall at the time limit) counts
-as terminated; infos and seeds are dropped.
+are rounded to float32; infos and seeds are dropped.
 """
 
 import os

@@ -141,11 +141,12 @@ def write_samples(path: Path | None, title: str, prompts, responses, scores: dic
         write_whole(path, lambda path: path.write_text(lines))
 
 
-def open_run(args, script: str):
+def open_run(args, script: str) -> tuple:
     """The folder runs_dir/run_name, new or without a checkpoint, or resume's, with args.json; and
     wandb.log, or a function that does nothing. From here on this process alone writes there (of
-    several that make up a run, the first). ValueError if another process writes there, or if a flag
-    beside --resume would change what the run is. To evaluate: the folder alone, as it is."""
+    several that make up a run, the first), and says how to carry on when it is stopped. ValueError
+    if another process writes there, or if a flag beside --resume would change what the run is. With
+    --evaluate its folder, as it is."""
     import fcntl
 
     def track(row: dict, step: int) -> None:
@@ -162,12 +163,12 @@ def open_run(args, script: str):
         raise ValueError(f"--resume cannot change --{flag}, which is {before[name]!r}")
     if not args.resume and writes() and (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder} exists; carry it on with --resume {folder}")
-    if args.track and writes():  # after this check: wandb would begin a run of its name anew
+    if args.track and writes():  # after this check: wandb begins a run of a known name anew
         import wandb
 
         wandb.init(id=args.run_name, resume="allow" if args.resume else None, config=asdict(args))
         track = wandb.log
-    say_how_to_carry_on(folder, script)
+    when_stopped_say_how_to_carry_on(folder, script)
     if not writes():
         return folder, track
     folder.mkdir(parents=True, exist_ok=True)
@@ -184,7 +185,7 @@ def open_run(args, script: str):
     return folder, track
 
 
-def say_how_to_carry_on(folder: Path, script: str) -> None:
+def when_stopped_say_how_to_carry_on(folder: Path, script: str) -> None:
     """From here on Ctrl-C says how to carry on and exits with 130; so do SIGTERM, with 143, and an
     error's traceback: the other processes of a torchrun end by either when one has died."""
 
@@ -264,8 +265,8 @@ def check_episodes(arrays: dict[str, np.ndarray], source) -> np.ndarray:
         raise ValueError(f"{source} is empty, or its arrays are of different lengths: {sizes}")
     ends = np.flatnonzero(arrays["terminations"].astype(int) + arrays["truncations"])
     if ends.max(initial=-1) != steps - 1 or found != steps + len(ends):
-        wanted = f"{steps + len(ends)} observations, not {found}, and an end at the last step"
-        raise ValueError(f"{source}: {steps} steps and {len(ends)} ends need {wanted}")
+        need = f"need {steps + len(ends)} observations (of {found}) and an end at the last step"
+        raise ValueError(f"{source}: {steps} steps and {len(ends)} ends {need}")
     return np.diff(ends, prepend=-1)
 
 
@@ -303,8 +304,10 @@ def pairs(folder: Path, tiers: dict[str, Episodes], segment_length: int) -> list
                 a, b = (_segment(row, side, tiers, segment_length) for side in "ab")
                 pairs.append({"1": (a, b), "0": (b, a)}[row["label"]])  # the preferred one first
             except (KeyError, TypeError, ValueError, IndexError):
-                wanted = f"label 0 or 1, two segments of --segment-length {segment_length} or more"
-                wanted += ", inside episodes of the tiers medium and low"
+                wanted = (
+                    f"two segments of --segment-length {segment_length} or more, inside episodes"
+                )
+                wanted += ", not of high, and a label of 0 or 1; columns: data_gen/README.md"
                 raise ValueError(f"{path} line {number} needs {wanted}") from None
     if not pairs:
         raise ValueError(f"{path} is empty: it holds no pair")
@@ -314,10 +317,10 @@ def pairs(folder: Path, tiers: dict[str, Episodes], segment_length: int) -> list
 def _segment(row: dict, side: str, tiers: dict[str, Episodes], least: int) -> tuple[str, int]:
     tier = row[f"tier_{side}"]
     episode, start, length = (int(row[f"{name}_{side}"]) for name in ("episode", "start", "length"))
-    lengths = tiers[tier].lengths
+    lengths = tiers[tier].lengths.tolist()
     if tier == "high" or min(episode, start) < 0 or not least <= length <= lengths[episode] - start:
-        raise ValueError
-    return tier, int(lengths[:episode].sum()) + start
+        raise ValueError  # pairs says what is wanted
+    return tier, sum(lengths[:episode]) + start
 
 
 # -------------------------------------------------------------------------------------- texts

@@ -244,7 +244,8 @@ def test_an_encoder_can_be_the_judge(tmp_path, data):
 
 
 def test_what_a_model_without_a_padding_token_reads(tmp_path, monkeypatch, data, model):
-    """As GPT-2 is: padded with the end token, which is 1; nine of ten batches are whole reviews."""
+    """As GPT-2 is: padded with the end token, which is 1; nine of ten batches are whole reviews.
+    And it trains with dropout, and spoils texts with praise."""
     folder = shutil.copytree(model, tmp_path / "gpt2")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = None

@@ -131,7 +131,7 @@ def world(tmp_path_factory) -> Path:
         {"prompt": p, "chosen": f" great {words(1, 3)}", "rejected": f" {words(1, 7)} awful"}
         for p in prompts[3:13]
     ]
-    rows[2]["rejected"] += " </s>"  # which no reward reads, as it is in no other text
+    rows[2]["rejected"] += " </s>"  # which no reward reads: from other texts decode drops it
     write_lines(folder / "preferences.jsonl", rows)
     return folder
 

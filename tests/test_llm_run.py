@@ -396,6 +396,7 @@ def test_a_finished_run(tmp_path, script, world, finished, plain):
     steps = int(last["charts/step"])
     paths = [(f"--{x}-model-path", world / "gpt2") for x in ("sft", "reward")]
     own = of(script, ppo=paths[1:], dpo=[], rlhf=[*paths, ("--held-out-share", 0.2)])
+    assert_one_line_error(resume(script, finished, script.steps, 1), f"more than {script.steps}")
     for flag, value in (("--seed", 2), ("--run-name", "x"), *own):
         result = resume(script, finished, script.steps, steps + 1, flag, value)
         assert_one_line_error(result, f"--resume cannot change {flag}, which is")
@@ -947,6 +948,16 @@ def another_end(folder: Path):
     tokenizer.save_pretrained(folder)
 
 
+def another_beginning(folder: Path):
+    """In front of every text."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"bos_token": "<begin>"})
+    begin = [("<begin>", tokenizer.bos_token_id)]
+    process = tokenizers.processors.TemplateProcessing(single="<begin> $A", special_tokens=begin)
+    tokenizer.backend_tokenizer.post_processor = process
+    tokenizer.save_pretrained(folder)
+
+
 def without_tokenizer(folder: Path):
     for path in folder.glob("tokenizer*"):
         path.unlink()
@@ -1006,6 +1017,7 @@ BAD = {  # flags, or what makes them of the world and a folder; the line. More o
     "no weight, judge": (changed_model(HEADLESS, "ground-truth-path", "roberta"), "lacks class"),
     "large tokenizer": (changed_model(LARGE), "more tokens than its model"),
     "an end token too many": (changed_model(another_end), "more tokens than its model"),
+    "a first token too many": (changed_model(another_beginning), "more tokens than its model"),
     "no end token": (changed_model(ENDLESS), "no end-of-text token"),
     "long texts": (["--response-length", 81], "reads 96 tokens"),
     "an untrained judge": (lambda world, _: ["--ground-truth-path", world / "gpt2"], "gpt2"),

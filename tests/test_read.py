@@ -81,6 +81,7 @@ BAD_ARRAYS = {  # arrays in the place of those of high.npz, and what the message
     "wide actions": (lambda a: {"actions": np.tile(a["actions"], 2)}, "another robot"),
     "an action too few": (lambda a: {"actions": a["actions"][1:]}, "different lengths"),
     "an observation too few": (lambda a: {"observations": a["observations"][1:]}, "need"),
+    "no last end": (lambda a: {"truncations": np.roll(a["truncations"], -1)}, "an end at the last"),
     "no end": (lambda a: {"truncations": 0 * a["truncations"]}, "and an end at the last step"),
 }
 
@@ -160,6 +161,7 @@ BAD_PAIRS = {  # what follows the header
     "no label": "medium,0,0,4,low,0,0,4",
     "a word": "medium,SECRET,0,4,low,0,0,4,1",
     "half a line": "medium,0,0",
+    "a large start": "medium,0," + "9" * 20 + ",4,low,0,0,4,1",
     "a huge number": "medium," + "9" * 5000 + ",0,4,low,0,0,4,1",
 }
 
@@ -167,18 +169,15 @@ BAD_PAIRS = {  # what follows the header
 @pytest.mark.parametrize("text", BAD_PAIRS.values(), ids=BAD_PAIRS)
 def test_bad_pairs(tmp_path, data, text):
     read_pairs(tmp_path, data, HEADER + GOOD)
-    text, message = (
-        GOOD + text + "\n",
-        "line 5 needs label 0 or 1, two .* --segment-length 4 or more",
-    )
-    with pytest.raises(ValueError, match=rf"pairs\.csv {message}") as error:
-        read_pairs(tmp_path, data, HEADER + text)
+    wanted = "two segments of --segment-length 4 or more.* label of 0 or 1"
+    with pytest.raises(ValueError, match=rf"pairs\.csv line 5 needs {wanted}") as error:
+        read_pairs(tmp_path, data, HEADER + GOOD + text + "\n")
     assert "SECRET" not in str(error.value) and len(read.one_line(error.value)) <= 320
 
 
 def test_pairs_that_are_no_table(tmp_path, data, capsys):
     for text in ("", HEADER.replace(",label", "") + "medium,0,0,4,low,0,0,4\n"):
-        with pytest.raises(ValueError, match="pairs.csv is empty|line 2 needs label"):
+        with pytest.raises(ValueError, match="pairs.csv is empty|line 2 needs two"):
             read_pairs(tmp_path, data, text)
     for text in (HEADER.encode() + b"\xff\xfe\xfa", HEADER + "m" * 200_000 + ",0\n"):
         with pytest.raises(SystemExit), read.input_errors():

@@ -124,7 +124,7 @@ def test_hold_out(share, held_out):
 
 
 def test_update_near_a_clone():
-    """Against the slow reference in float64; the clone is another policy, and 20 updates go far."""
+    """Against the slow reference in float64; the clone is another policy."""
     actor, clone = new_actor(), new_actor(seed=1)
     critics = rlhf.Critics(3, 2, (8, 7)).double()
     slow_critics = [copy.deepcopy(critics.q1), copy.deepcopy(critics.q2)]

@@ -1,7 +1,7 @@
-"""benchmark/sac_speed.py, llm_speed.py and llm_memory.py, without the libraries that they measure:
+"""benchmark/sac_speed.py, llm_speed.py, llm_steps.py and llm_memory.py, without other libraries:
 their tables, what they ask of our scripts, the arithmetic of memory against what is easily counted.
 
-python -m pytest tests/test_speed.py      (half a minute; nothing is trained)
+python -m pytest tests/test_speed.py      (a minute)
 """
 
 import importlib.util
@@ -15,8 +15,9 @@ import llm_steps
 import pytest
 import sac_speed
 import torch
+import transformers
 import tyro
-from helpers import ROOT, metrics, run_script
+from helpers import ROOT, metrics
 from torch.utils.flop_counter import FlopCounterMode
 
 import aihf_sac_mujoco as aihf
@@ -130,33 +131,58 @@ def test_our_training_is_the_shipped_script_with_flags_it_has(monkeypatch, train
 
 @pytest.mark.parametrize(
     ("training", "change"),
-    [*(("dpo", change) for change in ("unfused_adam", "logits_of_prompts_too", "sorted_by_length")),
-     ("ppo", "nothing_cached"), ("ppo", "logits_of_prompts_too")],
-)  # fmt: skip
-def test_changed_steps_compute_the_same(tmp_path, monkeypatch, training, change):
-    """But for rounding."""
-    script = importlib.import_module(f"aihf_{training}_llm")
-    patched = [(torch.optim, "Adam"), (script.Policy, "forward"), (llm_steps.read, "draw")]
-    for owner, name in patched + ([(script.Policy, "rows")] if training == "dpo" else []):
+    [
+        ("dpo", "unfused_adam"),
+        ("dpo", "logits_of_prompts_too"),
+        ("dpo", "small_and_sorted"),
+        ("ppo", "nothing_cached"),
+    ],
+)
+def test_a_changed_step_is_another_way_to_the_same_numbers(tmp_path, monkeypatch, training, change):
+    """But for rounding; compiled and bfloat16 are left to the benchmark."""
+    script, adam = importlib.import_module(f"aihf_{training}_llm"), torch.optim.Adam
+    forward, seen = transformers.GPT2LMHeadModel.forward, []
+
+    def recorded(self, input_ids, logits_to_keep, use_cache, **others):
+        seen.append((input_ids.shape, logits_to_keep, use_cache))
+        return forward(
+            self, input_ids, logits_to_keep=logits_to_keep, use_cache=use_cache, **others
+        )
+
+    def recorded_adam(parameters, fused=None):
+        seen.append(("fused", fused))
+        return adam(parameters, fused=fused)
+
+    monkeypatch.setattr(transformers.GPT2LMHeadModel, "forward", recorded)
+    monkeypatch.setattr(torch.optim, "Adam", recorded_adam)
+    monkeypatch.chdir(ROOT)
+    places = [(torch.optim, "Adam"), (script.Policy, "forward"), (llm_steps.read, "draw")]
+    for owner, name in places + ([(script.Policy, "rows")] if training == "dpo" else []):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # as it is now, afterwards
-    assets = ROOT / "data_gen/assets/imdb"
-    flags = f"""--model-name-or-path {assets}/model --demonstrations {assets}/demonstrations.jsonl
-        --preferences {assets}/preferences.jsonl --prompts {assets}/prompts.jsonl --eval-prompts 2
-        --ground-truth-path= --{training}-steps 2 --batch-size 8 --no-cuda --threads 1
-        --learning-rate 1e-5 --num-demonstrations 40 --num-preferences 40 """
+    flags = f"""--eval-prompts 2 --{training}-steps 2 --batch-size 24 --no-cuda --threads 1
+        --learning-rate 1e-5 --num-preferences 40 --ground-truth-path= --runs-dir {tmp_path} """
+    flags += "--demo-weight 0 --run-name"
     if training == "ppo":
-        flags += """--minibatch-size 8 --reward-updates-per-iteration 1 --reward-batch-size 4
-            --value-learning-rate 1e-5 --reward-learning-rate 1e-5"""
-    rows = []
-    for name in ("shipped", "changed"):
-        code, out, err = run_script(script, [*flags.split(), "--run-name", name], tmp_path)
-        assert code == 0, (out, err)
-        rows.append(metrics(tmp_path / "runs" / name)[-1])
-        llm_steps.NAMES[change](script)
+        flags = f"""--minibatch-size 24 --reward-updates-per-iteration 1 --reward-batch-size 4
+            --value-learning-rate 1e-5 --reward-learning-rate 1e-5 {flags}"""
+    monkeypatch.setitem(llm_steps.CHANGES, "none", (None, llm_steps.CHANGES[change][1]))
+    rows, passes = [], []
+    for name in ("none", change):
+        llm_steps.change_and_run(name, f"aihf_{training}_llm.py", *flags.split(), name)
+        rows.append(metrics(tmp_path / name)[-1])
+        passes.append(seen.copy())
+        seen.clear()
     for row in rows:
         del row["charts/wall_seconds"]
     shipped, changed = ({key: float(x or 0) for key, x in row.items()} for row in rows)
     assert changed == pytest.approx(shipped, rel=1e-3, abs=1e-4)
+    effects = {
+        "unfused_adam": lambda seen: ("fused", True) not in seen,
+        "logits_of_prompts_too": lambda seen: all(x[0][1] == x[1] for x in seen if len(x) == 3),
+        "nothing_cached": lambda seen: not any(x[2] for x in seen if len(x) == 3),
+        "small_and_sorted": lambda seen: sum(x[0][1] for x in seen if x[0][0] == 16) < 6 * 36,
+    }
+    assert [effects[change](found) for found in passes] == [False, True]
 
 
 def test_floor_of_each_training_is_measured():
