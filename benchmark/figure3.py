@@ -5,8 +5,7 @@
 
 adds what it finds in runs/ to results/figure3.csv (a row an evaluation) and
 results/figure3_runs.csv (a row a run, of every variant), draws figures/figure3*.png from these and
-prints the tables of benchmark/README.md. Runs that are no longer in runs/ keep their rows. What
-earlier defaults gave is in results/figure3_runs_earlier.csv, which nothing here touches.
+prints the tables of benchmark/README.md. Runs that are no longer in runs/ keep their rows.
 """
 
 from pathlib import Path
@@ -129,7 +128,7 @@ def draw_sweeps(finals: list[dict], path: Path) -> None:
     sweeps = {
         "share of the preference pairs": {0.1: "share0.1", 0.3: "share0.3", 1.0: "default"},
         "share of flipped labels": {0.0: "default", 0.1: "flip0.1", 0.3: "flip0.3"},
-        "demonstrated episodes": {2: "demos2", 4: "demos4", 10: "default"},
+        "demonstrated episodes": {2: "demos2", 10: "default"},
     }
     size = (1 + 4 * len(sweeps), 3.8)
     figure, axes = plt.subplots(1, len(sweeps), figsize=size, layout="constrained", squeeze=False)

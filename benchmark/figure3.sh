@@ -4,7 +4,7 @@
 #     bash benchmark/figure3.sh [1|2|3|4|5]     one part only; then: python benchmark/figure3.py
 # 1: RLHF on three robots.  2: what each source of data gives.  3: fewer and worse preferences.
 # 4: RLHF as we read the paper's, without a KL penalty to the clone or demonstrations in its replay: plain SAC.
-# 5: fewer demonstrations, 2 and 4 episodes instead of 10.
+# 5: fewer demonstrations, 2 episodes instead of 10.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -23,9 +23,7 @@ runs() { # lines: env, method, variant, seed
            for method in aihf rlhf; do echo "HalfCheetah-v4 $method $variant $seed"; done
          done ;;
       4) for env in Hopper-v4 HalfCheetah-v4 Walker2d-v4; do echo "$env rlhf-no-kl default $seed"; done ;;
-      5) for variant in demos2 demos4; do
-           for method in aihf rlhf; do echo "Hopper-v4 $method $variant $seed"; done
-         done ;;
+      5) for method in aihf rlhf; do echo "Hopper-v4 $method demos2 $seed"; done ;;
     esac
   done
 }
@@ -46,7 +44,7 @@ run() { # env method variant seed
 export -f run
 
 mkdir -p runs/figure3_data
-for name in Hopper-v4__{share0.1,share0.3,flip0.1,flip0.3,demos2,demos4} HalfCheetah-v4__{share0.1,flip0.3}; do
+for name in Hopper-v4__{share0.1,share0.3,flip0.1,flip0.3,demos2} HalfCheetah-v4__{share0.1,flip0.3}; do
   folder=runs/figure3_data/$name
   variant=${name#*__}
   flag=${variant%%[0-9]*}
