@@ -431,7 +431,7 @@ def evaluate(models, held_out, args: Args, run_dir: Path, step: int) -> dict[str
         if step:  # r = β log π/π⁰ is 0 at the start; β does not change ranks
             ranks = torch.stack([scores["kl"], truth]).argsort().argsort().double()
             row["eval/reward_correlation"] = torch.corrcoef(ranks)[0, 1].item()  # Spearman's
-    row |= {f"eval/{name}": x.mean().item() for name, x in scores.items()}
+    row = {f"eval/{name}": x.mean().item() for name, x in scores.items()} | row
     path = None if args.evaluate else run_dir / "samples.jsonl"
     read.write_samples(path, f"after {step} steps: {read.summary(row)}", prompts, responses, scores)
     return row
