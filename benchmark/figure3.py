@@ -131,7 +131,8 @@ def draw_sweeps(finals: list[dict], path: Path) -> None:
         "demonstrated episodes": {2: "demos2", 10: "default"},
     }
     size = (1 + 4 * len(sweeps), 3.8)
-    figure, axes = plt.subplots(1, len(sweeps), figsize=size, layout="constrained", squeeze=False)
+    style = {"layout": "constrained", "squeeze": False, "sharey": True}
+    figure, axes = plt.subplots(1, len(sweeps), figsize=size, **style)
     for axis, (label, sweep) in zip(axes[0], sweeps.items()):
         for method in ("aihf", "rlhf", "bc") if "episodes" in label else ("aihf", "rlhf"):
             found = {
@@ -147,7 +148,7 @@ def draw_sweeps(finals: list[dict], path: Path) -> None:
         level = tiers("Hopper-v4")["high"]["return_mean"]
         axis.axhline(level, color="gray", linewidth=1, label="demonstrations")
         axis.set(xlabel=label, xticks=list(sweep))
-    axes[0, 0].set_ylabel("final true return, Hopper-v4")
+    axes[0, 0].set(ylabel="final true return, Hopper-v4", ylim=(0, None))
     axes[0, -1].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
