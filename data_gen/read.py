@@ -304,10 +304,8 @@ def pairs(folder: Path, tiers: dict[str, Episodes], segment_length: int) -> list
                 a, b = (_segment(row, side, tiers, segment_length) for side in "ab")
                 pairs.append({"1": (a, b), "0": (b, a)}[row["label"]])  # the preferred one first
             except (KeyError, TypeError, ValueError, IndexError):
-                wanted = (
-                    f"two segments of --segment-length {segment_length} or more, inside episodes"
-                )
-                wanted += ", not of high, and a label of 0 or 1; columns: data_gen/README.md"
+                wanted = f"two segments in episodes, of --segment-length {segment_length} or more, "
+                wanted += "none of high, and a label of 0 or 1; columns: data_gen/README.md"
                 raise ValueError(f"{path} line {number} needs {wanted}") from None
     if not pairs:
         raise ValueError(f"{path} is empty: it holds no pair")

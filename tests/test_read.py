@@ -169,7 +169,7 @@ BAD_PAIRS = {  # what follows the header
 @pytest.mark.parametrize("text", BAD_PAIRS.values(), ids=BAD_PAIRS)
 def test_bad_pairs(tmp_path, data, text):
     read_pairs(tmp_path, data, HEADER + GOOD)
-    wanted = "two segments of --segment-length 4 or more.* label of 0 or 1"
+    wanted = "two segments in episodes, of --segment-length 4 or more.* label of 0 or 1"
     with pytest.raises(ValueError, match=rf"pairs\.csv line 5 needs {wanted}") as error:
         read_pairs(tmp_path, data, HEADER + GOOD + text + "\n")
     assert "SECRET" not in str(error.value) and len(read.one_line(error.value)) <= 320
