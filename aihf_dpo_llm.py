@@ -150,8 +150,7 @@ def main() -> None:
         if state and not args.evaluate:
             load_optimizer(optimizer, state["optimizer"])
         log = state.get("log", [])  # rows of metrics.csv, one a step from 0
-        if len(log) - 1 > args.dpo_steps:
-            raise ValueError(f"the run has done {len(log) - 1} steps, more than --dpo-steps")
+        read.check_steps(len(log) - 1, args, "dpo_steps")
         run_dir, track = read.open_run(args, SCRIPT)
 
     models, held_out = (policy, reference, base, judge), (prompts, prompt_ids)

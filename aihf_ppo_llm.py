@@ -234,8 +234,7 @@ def main() -> None:
         for name in learned if state and not args.evaluate else ():
             load_optimizer(optimizers[name], state[f"{name}_optimizer"])
         memory, log = state.get("memory", []), state.get("log", [])  # τ' for g1; metrics.csv
-        if len(log) - 1 > args.ppo_steps:
-            raise ValueError(f"the run has done {len(log) - 1} steps, more than --ppo-steps")
+        read.check_steps(len(log) - 1, args, "ppo_steps")
         run_dir, track = read.open_run(args, SCRIPT)
 
     models = policy, reference, base, reward, (judge.to(device) if judge else None)

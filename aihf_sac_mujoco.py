@@ -209,6 +209,7 @@ def main() -> None:
         if state:
             if state["data_hash"] != data_hash:
                 raise ValueError(f"the run had other data than {data_dir}, or other weights of it")
+            read.check_steps(len(state["replay"]), args, "total_timesteps")
             fixed = {"beta": sac["beta"]} if args.entropy_coefficient else {}  # the flag's
             tree_map(Tensor.copy_, sac, state["sac"] | fixed)
             for name, learned in modules.items():

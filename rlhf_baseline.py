@@ -240,6 +240,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         if state:
             if state["data_hash"] != data_hash:
                 raise ValueError(f"the run learned from other data than {data_dir} now holds")
+            read.check_steps(len(state["replay"]), args, "total_timesteps")
             not_learned = args.kl_coefficient or not state["sac"]["beta_square"]["log"]
             fixed = {"beta": sac["beta"]} if not_learned else {}
             tree_map(Tensor.copy_, sac, state["sac"] | fixed)
@@ -745,8 +746,7 @@ def llm(args: LlmArgs, state: dict) -> None:
             load_optimizer(optimizers[name], state[f"{name}_optimizer"])
         log = state.get("log", [])  # rows of metrics.csv
         stage, first_step = (log[-1][f"charts/{x}"] for x in ("stage", "step")) if log else (1, 0)
-        if stage == 3 and first_step > args.ppo_steps:
-            raise ValueError(f"the run has done {first_step} steps, more than --ppo-steps")
+        read.check_steps(first_step if stage == 3 else 0, args, "ppo_steps")
         run_dir, track = read.open_run(args, f"{SCRIPT} llm")
 
     models = policy, reference, base, reward, (judge.to(device) if judge else None)

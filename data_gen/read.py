@@ -66,6 +66,13 @@ def check_numbers(args, may_be_zero: str, unchecked: str = "") -> None:
                 raise ValueError(f"--{name.replace('_', '-')} must be {least} and finite, not {x}")
 
 
+def check_steps(done: int, args, name: str) -> None:
+    """ValueError if a run to carry on has done more steps than it is to have."""
+    if done > getattr(args, name):
+        flag = name.replace("_", "-")
+        raise ValueError(f"the run has done {done} steps, more than --{flag}")
+
+
 def check_finite(step: int, run_dir: Path, **tensors) -> None:
     """SystemExit with one line that names the first tensor holding NaN or infinity."""
     bad = [name for name, x in tensors.items() if not x.isfinite().all()]  # all are asked

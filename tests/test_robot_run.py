@@ -270,6 +270,8 @@ def test_flags_beside_resume_win(finished, plain, script):
     for flag, value in [*fixed, *[("--held-out-share", 0.2)] * (script is RLHF)]:
         result = carry_on(script, folder, "--total-timesteps", 150, flag, value)
         assert_one_line_error(result, f"--resume cannot change {flag}, which is")
+    result = carry_on(script, folder, "--total-timesteps", 100)
+    assert_one_line_error(result, "has done 120 steps, more than --total-timesteps")
     flags = ["--total-timesteps", 150, "--learning-rate", 0.003, beta[script is RLHF], 0.3]
     with mock.patch.object(read, "check_finite", side_effect=SystemExit(1)):
         assert carry_on(script, folder, *flags)[0] == 1  # before another checkpoint
