@@ -489,6 +489,11 @@ def test_what_is_sampled_does_not_depend_on_a_models_own_settings(model):
 
 def test_prompts_of_real_reviews(tmp_path, monkeypatch, data, model, judge):
     monkeypatch.setattr(subprocess, "run", FakePPO(model))
+    texts = [f"a<br /><br />{text}" for (text,) in read.rows(str(data), "text")]
+    (tmp_path / "data").mkdir()
+    data = tmp_path / "data"
+    rows = (json.dumps({"text": text}) + "\n" for text in texts)
+    (data / "train.jsonl").write_text("".join(rows))
     folder = make("tiers", tmp_path, model=model, classifier=judge, data=data, prompt_tokens=(4, 6))
     prompts = [json.loads(line)["prompt"] for line in open(folder / "prompts.jsonl")]
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
