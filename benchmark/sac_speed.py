@@ -24,7 +24,7 @@ after it our memory of rollouts, from which reward updates draw their steps, is 
   is their default.
 - sb3-blocks, sbx-blocks: the same with 50 environment steps and then 50 updates, the order ours has
   and the fair one to compare its update with: SBX compiles the 50 into one call.
-- floor: what SAC cannot do without, alone: the robot's physics and an update's matrix products.
+- floor: the robot's physics under random actions and an update's matrix products, nothing else.
 """
 
 import csv
