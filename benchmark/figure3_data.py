@@ -12,9 +12,7 @@ keeps too, and the same for what is flipped. Every variant in benchmark/ is of s
 """
 
 import csv
-import hashlib
 import json
-import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_gen import read
+from data_gen import read, write
 
 FILES = ("low.npz", "medium.npz", "high.npz")
 
@@ -89,28 +87,18 @@ if __name__ == "__main__":
         if missing:
             raise ValueError(f"no {', '.join(missing)} in {source}")
 
-    half = args.output_dir.with_name(f".{args.output_dir.name}.tmp")  # whole or not at all
-    shutil.rmtree(half, ignore_errors=True)
-    half.mkdir(parents=True)
-    for name in FILES:
-        shutil.copy(source / name, half)
-    if args.demos:
-        np.savez_compressed(half / "high.npz", **demos)
-    with open(half / "pairs.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, pairs[0], lineterminator="\n")
-        table.writeheader()
-        table.writerows(pairs)
-    hashes = {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(half.iterdir())
-    }
-    variant = {name: getattr(args, name) for name in ("share", "flip", "demos", "seed")}
-    manifest = {
-        "env_id": manifest.get("env_id", args.env),
-        "variant": {**variant, "of": manifest.get("sha256")},
-        "counts": {**manifest.get("counts", {}), "pairs": len(pairs)},
-        "tiers": manifest["tiers"],
-        "sha256": hashes,
-    }
-    (half / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    os.replace(half, args.output_dir)
+    def save(folder: Path) -> None:
+        folder.mkdir(parents=True)
+        for name in FILES:
+            shutil.copy(source / name, folder)
+        if args.demos:
+            write.arrays(folder / "high.npz", demos)
+        lines = [",".join(pairs[0]), *(",".join(pair.values()) for pair in pairs), ""]
+        (folder / "pairs.csv").write_text("\n".join(lines))
+        found = {"env_id": manifest.get("env_id", args.env), "variant_of": manifest.get("sha256")}
+        found["counts"] = {**manifest.get("counts", {}), "pairs": len(pairs)}
+        found["tiers"] = manifest["tiers"]
+        write.manifest(folder, [*FILES, "pairs.csv"], args, "", found)
+
+    read.write_whole(args.output_dir, save)
     print(f"{len(pairs)} pairs, {round(args.flip * len(pairs))} flipped, in {args.output_dir}")

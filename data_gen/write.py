@@ -50,6 +50,6 @@ def manifest(folder: Path, files: list[str], args, packages: str, found: dict) -
     about |= {"arguments": asdict(args), "versions": versions}
     about |= {"created": time.strftime("%Y-%m-%d"), **found}
     hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files}
-    text = json.dumps(about | {"sha256": hashes}, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(about | {"sha256": hashes}, indent=2, ensure_ascii=False, default=str) + "\n"
     path = folder / "manifest.json"
     read.write_whole(path, lambda path: path.write_text(text, encoding="utf-8"))
