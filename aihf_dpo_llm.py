@@ -158,7 +158,8 @@ def main() -> None:
     if args.evaluate:
         return evaluation(log[-1]["charts/step"])
     started = time.perf_counter()
-    reference_log_probs = reference.score([row for pair in pairs for row in pair]).view(-1, 2)
+    sides = [row for pair in pairs for row in pair]
+    reference_log_probs = reference.frozen_log_probs(sides).view(-1, 2)
     if not log:
         log.append({"charts/step": 0} | evaluation(0))
         log[0]["charts/wall_seconds"] = time.perf_counter() - started
@@ -191,8 +192,9 @@ def main() -> None:
             columns |= {"rewards/chosen": r_chosen, "rewards/rejected": r_rejected}
             columns["rewards/margins"] = r_chosen - r_rejected
             columns["rewards/accuracies"] = (r_chosen > r_rejected).float()
-            for name in [name for name, column in columns.items() if len(column)]:
-                row[name] = row.get(name, 0) + columns[name].detach().sum() / size
+            for name, column in columns.items():
+                if len(column):
+                    row[name] = row.get(name, 0) + column.detach().sum() / size
         row = {name: gather(x[None]).sum() for name, x in row.items()}
         norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
         read.check_finite(step, run_dir, loss=row["losses/total"], gradient=norm)
@@ -215,7 +217,7 @@ def main() -> None:
             state["optimizer"] = whole(optimizer.state_dict())
             read.write_csv(run_dir / "metrics.csv", log)
             read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
-            del state  # its shards put together
+            del state  # frees the gathered copies
     save_model(policy.lm, policy.tokenizer, run_dir / "policy")  # if a run is killed here: --resume
     if read.writes():
         print(f"final: {read.summary(log[-1])}; python benchmark/plot.py {run_dir} draws it")
@@ -292,8 +294,8 @@ class Policy(nn.Module):
         return (log_probs * mask[:, -length:]).sum(-1)
 
     @torch.no_grad()
-    def score(self, rows: list[tuple[list[int], list[int]]]) -> Tensor:
-        """The same without gradients; processes share the rows, of which any number may come."""
+    def frozen_log_probs(self, rows: list[tuple[list[int], list[int]]]) -> Tensor:
+        """The same without gradients; processes share the rows, however many there are."""
         count = int(os.environ.get("WORLD_SIZE", 1))
         own = share(rows + rows[:1] * (-len(rows) % count))
         batches = [own[part] for part in read.parts(0, len(own), self.args.micro_batch_size)]
@@ -419,14 +421,14 @@ def evaluate(models, held_out, args: Args, run_dir: Path, step: int) -> dict[str
     response_ids, row = policy.sample(prompt_ids, np.random.default_rng(10_000)), {}
     responses = policy.texts.decode(prompt_ids, response_ids)
     rows = list(zip(prompt_ids, response_ids))
-    log_probs = policy.score(rows)
+    log_probs = policy.frozen_log_probs(rows)
     scores = {"response_length": torch.tensor([len(ids) for ids in response_ids]).float()}
-    scores["kl_base"] = (log_probs - base.score(rows)).cpu()
-    scores["kl"] = (log_probs - reference.score(rows)).cpu()
+    scores["kl_base"] = (log_probs - base.frozen_log_probs(rows)).cpu()
+    scores["kl"] = (log_probs - reference.frozen_log_probs(rows)).cpu()
     if judge:
         texts = share([x + y for x, y in zip(prompts, responses)])
         scores["gt_score"] = truth = gather(judge_scores(*judge, texts)).cpu()
-        row["eval/gt_score_std"] = truth.std().item()
+        row["eval/gt_score_std"] = truth.std(correction=0).item()
         if step:  # r = β log π/π⁰ is 0 at the start; β does not change ranks
             ranks = torch.stack([scores["kl"], truth]).argsort().argsort().double()
             row["eval/reward_correlation"] = torch.corrcoef(ranks)[0, 1].item()  # Spearman's

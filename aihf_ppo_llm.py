@@ -93,7 +93,7 @@ class Args:
     kl_coefficient: float = 0.02  # β of (10)
 
     # Running
-    eval_prompts: int = 256  # held-out prompts
+    eval_prompts: int = 256  # held-out prompts; for g1 too as many are sampled at once
     eval_every: int = 5  # PPO steps between evaluations
     checkpoint_every: int = 10  # PPO steps between checkpoints
     runs_dir: str = "runs"  # where run folders go
@@ -188,7 +188,7 @@ def main() -> None:
         args, state = parse_args()
         device, processes = start_processes(args)
 
-        # Learned: π, V (a copy of R where R reads π's tokens), R(·; θ). Frozen: π⁰, base, judge
+        # Learned: π, R(·; θ), PPO's V (a copy of R where R reads π's tokens); not: π⁰, base, judge
         initial = args.sft_model_path or args.model_name_or_path
         policy = Policy(initial, args)
         reference = copy.deepcopy(policy)  # π⁰
@@ -197,11 +197,14 @@ def main() -> None:
             raise ValueError("--model-name-or-path and --sft-model-path differ in vocabulary")
         torch.manual_seed(args.seed)  # of new heads
         reward = Scorer(args.reward_model_path or args.model_name_or_path, args)
-        critic_from_reward = reward.is_decoder and reward.vocabulary == policy.vocabulary
+        learned, is_ppo = {"policy": policy, "reward": reward}, args.policy_optimizer == "ppo"
+        critic_from_reward = is_ppo and reward.is_decoder and reward.vocabulary == policy.vocabulary
         critic_from_reward &= reward.limit >= args.max_prompt_length + args.response_length
-        value = copy.deepcopy(reward) if critic_from_reward else Scorer(initial, args)
-        if not value.is_decoder:
-            raise ValueError(f"{initial} has no linear head for every token: it is no critic")
+        if is_ppo:
+            value = copy.deepcopy(reward) if critic_from_reward else Scorer(initial, args)
+            learned["value"] = value
+            if not value.is_decoder:
+                raise ValueError(f"{initial} has no linear head for every token: it is no critic")
         judge = Scorer(args.ground_truth_path, args, True) if args.ground_truth_path else None
 
         # The data: preferences P, prompts, and demonstrations D (α = 0: prompts in their place)
@@ -225,7 +228,6 @@ def main() -> None:
         data_hash = read.fingerprint(pairs, prompts, demos, [n], *weights)
         if state and state["data_hash"] != data_hash:
             raise ValueError("the run had other data, another model, or other --eval-prompts")
-        learned = {"policy": policy, "value": value, "reward": reward}
         for name in learned if state else ():
             learned[name].load_state_dict(state[name])
         for module in dict.fromkeys([*learned.values(), reference, base]):
@@ -243,19 +245,20 @@ def main() -> None:
         return evaluation(log[-1]["charts/step"])
     log = log or [{"charts/step": 0, "charts/wall_seconds": 0} | evaluation(0)]
     track(log[-1], step=len(log) - 1)
-    rates = args.learning_rate, args.value_learning_rate, args.reward_learning_rate  # π, V, R
+    rates = {"policy": args.learning_rate, "value": args.value_learning_rate}
+    rates["reward"] = args.reward_learning_rate
 
     for step in tqdm(range(len(log) - 1, args.ppo_steps), "AIHF", disable=not read.writes()):
         started, row = time.perf_counter(), {}
         share_left = 1 - step / args.ppo_steps if args.anneal else 1.0
-        for optimizer, rate in zip(optimizers.values(), rates):
-            optimizer.param_groups[0]["lr"] = rate * share_left
+        for name, optimizer in optimizers.items():
+            optimizer.param_groups[0]["lr"] = rates[name] * share_left
 
         k, steps_since_reward = divmod(step, args.policy_steps_per_iteration)
         if steps_since_reward == 0:  # the reward first (Algorithm 1: the policy): R starts random
             # ================ SAMPLE: τ ~ D, τ' ~ π_k and earlier ones, (τ_l ≺ τ_w) ~ P
             size = args.reward_updates_per_iteration * args.reward_batch_size  # of all updates
-            indices = read.draw(len(demos), size, k, (args.seed, 1))  # 1 to 6: one for each use
+            indices = read.draw(len(demos), size, k, (args.seed, 1))  # 1 to 6: one stream a use
             asked = [demo_prompt_ids[i] for i in indices]
             rng, responses = np.random.default_rng([args.seed, 3, k]), []
             for part in read.parts(0, size, args.eval_prompts):  # as many as evaluation at once
@@ -296,13 +299,13 @@ def main() -> None:
         indices = read.draw(len(train_ids), args.batch_size, step, (args.seed, 5))
         asked = [train_ids[i] for i in indices]
         rng = np.random.default_rng([args.seed, 6, step])
-        ids, mask, alive, ended, responses = policy.sample(asked, rng)  # tensors: own rows only
+        ids, mask, alive, ended, responses = policy.sample(asked, rng)  # responses: of all rows
         texts = [train_prompts[i] + response for i, response in zip(indices, responses)]
         length, scores = alive.shape[1], in_parts(reward.score, args, share(texts))
         old_log_probs = in_parts(policy.log_probs, args, ids, mask, alive)
         log_ratio = old_log_probs - in_parts(reference.log_probs, args, ids, mask, alive)
         rewards = token_rewards(log_ratio, scores, alive, args.kl_coefficient)
-        if is_ppo := args.policy_optimizer == "ppo":
+        if is_ppo:
             values = in_parts(value, args, ids, mask)[:, -length - 1 : -1]  # V before each token
             advantages, returns = generalised_advantages(rewards, values, alive, args.gae_lambda)
             advantages = whiten(advantages, alive)
@@ -357,7 +360,7 @@ def main() -> None:
                 state[f"{name}_optimizer"] = whole(optimizers[name].state_dict())
             read.write_csv(run_dir / "metrics.csv", log)
             read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
-            del state  # its shards put together
+            del state  # frees the gathered copies
     save_model(reward.model, reward.tokenizer, run_dir / "reward")
     save_model(policy.lm, policy.tokenizer, run_dir / "policy")  # if a run is killed here: --resume
     if read.writes():
@@ -371,7 +374,7 @@ def main() -> None:
 # stay in evaluation mode, as from_pretrained returns them.
 def load(kind: str, name: str, args: Args, **new_head):
     """The float32 model that AutoModelFor<kind> gives, and its tokenizer; no remote code is run.
-    ValueError if weights but a new head's are missing, or the tokenizer has too many tokens."""
+    ValueError if weights other than a new head's are missing, or tokens have no embedding."""
     auto, no_code = getattr(transformers, f"AutoModelFor{kind}"), {"trust_remote_code": False}
     model, info = auto.from_pretrained(name, output_loading_info=True, **no_code, **new_head)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **no_code)
@@ -458,7 +461,7 @@ class Scorer(nn.Module):
     outputs their difference). R(τ) is that at a text's last token, V(s) that at the last of s."""
 
     def __init__(self, name: str, args: Args, trained: bool = False):
-        """A new head if there is none, or ValueError if `trained`; over two outputs: ValueError."""
+        """A new head if there is none; ValueError then if `trained`, or with over two outputs."""
         super().__init__()
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         self.has_head = "SequenceClassification" in str(config.architectures)
@@ -600,7 +603,8 @@ def evaluate(models, held_out, args: Args, run_dir: Path, step: int) -> dict[str
     row = {f"eval/{name}": x.mean().item() for name, x in scores.items()}
     if judge:
         scores["gt_score"] = truth = gather(in_parts(judge.score, args, texts)).cpu()
-        row |= {"eval/gt_score": truth.mean().item(), "eval/gt_score_std": truth.std().item()}
+        row["eval/gt_score"] = truth.mean().item()
+        row["eval/gt_score_std"] = truth.std(correction=0).item()
         ranks = torch.stack([scores["learned_score"], truth]).argsort().argsort().double()
         row["eval/reward_correlation"] = torch.corrcoef(ranks)[0, 1].item()  # Spearman's
     path = None if args.evaluate else run_dir / "samples.jsonl"

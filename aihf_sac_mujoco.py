@@ -13,7 +13,7 @@ Four departures from the paper matter (README.md has more):
   episode, so that an early fall costs reward, and slopes above 1 are penalised (Wasserstein GANs).
 - R(τ) in g1 is r's mean in an episode / (1 - γ): a discounted sum forgets the later steps.
 - g2 weighs 10 and divides differences of returns by 5: otherwise σ saturates, and g1 dominates.
-- g1's rollouts are the ten latest policies', lest the reward forget and policies go in circles.
+- g1's rollouts are the ten latest policies', so that the reward does not forget earlier ones.
 """
 
 import math
@@ -122,7 +122,7 @@ class Reward(nn.Module):
 
 
 def step_weights(lengths: Tensor, form: str, gamma: float) -> Tensor:
-    """Weights (N,) of all steps of trajectories of these lengths: Σ weight · r is their mean R(τ),
+    """Weights (N,), one a step, of trajectories of these lengths: Σ weight · r is their mean R(τ),
     R(τ) = Σ_t γ^t r_t (discounted; 0 after a fall) or Σ_t r_t / (T (1 - γ)) (mean)."""
     t, length = torch.cat([torch.arange(n) for n in lengths]), lengths.repeat_interleave(lengths)
     weight = gamma**t if form == "discounted" else 1 / (length * (1 - gamma))
@@ -137,8 +137,7 @@ def demonstration_gap(reward, demos, rollouts) -> Tensor:
 
 
 def draw(x: Tensor, weights: Tensor, count: int, rng: np.random.Generator) -> tuple:
-    """A minibatch of count steps, drawn in proportion to weights (N,): its features, and one weight
-    for all, so that Σ weight · r over it is an unbiased estimate of Σ weight · r over the N."""
+    """A minibatch whose Σ weight · r has the mean of that of the N steps: features, one weight."""
     shares = weights.double().cpu() / weights.double().sum().cpu()
     return x[rng.choice(len(x), count, p=shares.numpy())], (weights.sum() / count).expand(count)
 
@@ -208,9 +207,9 @@ def main() -> None:
 
         if state:
             if state["data_hash"] != data_hash:
-                raise ValueError(f"the run had other data than {data_dir}, or other weights of it")
+                raise ValueError(f"the run had other data than {data_dir}, or a weight of 0")
             read.check_steps(len(state["replay"]), args, "total_timesteps")
-            fixed = {"beta": sac["beta"]} if args.entropy_coefficient else {}  # the flag's
+            fixed = {"beta": sac["beta"]} if args.entropy_coefficient else {}  # β of the flag
             tree_map(Tensor.copy_, sac, state["sac"] | fixed)
             for name, learned in modules.items():
                 learned.load_state_dict(state[name])
@@ -240,6 +239,7 @@ def main() -> None:
         # ================================ LOWER LEVEL (8b): align the policy to r(·; θ_k) by SAC
         learning_rate = torch.tensor(args.learning_rate * share_left, device=device)
         losses = torch.full((len(LOSSES),), math.nan)  # until --learning-starts
+        before = tree_map(Tensor.clone, averaged.state_dict())
         obs, _ = env.reset(seed=int(rng.integers(2**31)))
         iteration_end = min(step + args.policy_steps_per_iteration, last_step)
         while step < iteration_end:
@@ -266,9 +266,12 @@ def main() -> None:
                 averaged.update_parameters(actor)
                 read.check_finite(step, run_dir, rewards=rewards, losses=losses, **sac["actor"])
             bar.update(block)
+        fell = replay[demo_steps : demo_steps + step, -1]
+        if fell[first_step:].mean() > fell[-10 * args.policy_steps_per_iteration :].mean():
+            averaged.load_state_dict(before)  # more falls than usual in the last ten iterations
 
         # ========================================= SAMPLE: τ' ~ π_{k+1}; g1 sees the ten latest
-        seeds = rng.integers(2**31, size=args.rollout_steps_per_iteration)  # an episode each
+        seeds = rng.integers(2**31, size=args.rollout_steps_per_iteration)  # as many as it may need
         fresh = play(env, actor, seeds, args.rollout_steps_per_iteration, rng)[:3]
         recent = [*recent, fresh][-args.rollout_memory :]
         x, weights = zip(*(features_and_weights(*rollout) for rollout in recent))
@@ -291,10 +294,10 @@ def main() -> None:
             reward_optimizer.zero_grad()
             (-objective).backward()  # Adam descends
             reward_optimizer.step()
-        read.check_finite(step, run_dir, objective=objective, reward=reward(data_steps))
+        read.check_finite(step, run_dir, objective=objective, **reward.state_dict())
 
         # ======================================================================= LOG and EVALUATE
-        iteration, finished = log[-1]["charts/iteration"] + 1, step >= last_step
+        iteration, finished = len(log), step >= last_step
         env_steps = log[-1]["charts/env_steps"] + step - first_step + len(fresh[0])
         row = dict(zip(counts, (iteration, step, env_steps))) | dict(zip(LOSSES, losses.tolist()))
         row |= reward_metrics(reward, data, reward.features(*fresh[:2]), segments, args)
@@ -486,9 +489,8 @@ def evaluate(env: gym.Env, actor: Actor, episodes: int, reward: Reward) -> dict[
 
 @torch.no_grad()
 def reward_metrics(reward, data: dict, x_policy: Tensor, segments: list, args: Args) -> dict:
-    """How the reward scores and ranks the data and the latest policy's steps (N, d); r a step."""
-    r_policy = reward(x_policy)
-    row = {"reward/policy": r_policy.mean().item(), "reward/max": r_policy.max().item()}
+    """Mean r of demonstrations and of the latest policy's steps (N, d); how R ranks segments."""
+    row = {"reward/policy": reward(x_policy).mean().item()}
     if "high" in data:
         row["reward/demonstrations"] = reward(data["high"][0]).mean().item()
         row["reward/gap"] = row["reward/demonstrations"] - row["reward/policy"]
@@ -500,8 +502,7 @@ def reward_metrics(reward, data: dict, x_policy: Tensor, segments: list, args: A
 
 
 def parse_args() -> tuple[Args, dict]:
-    """The arguments of the run to carry on or to evaluate, then the command line; and that run's
-    checkpoint, else {}."""
+    """The arguments: a given run's, then the command line's; and that run's checkpoint, or {}."""
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
     state = read.checkpoint(args.evaluate or args.resume, SCRIPT, go_on=not args.evaluate)
     args = tyro.cli(Args, default=Args(**state.get("args", {})))
@@ -511,8 +512,7 @@ def parse_args() -> tuple[Args, dict]:
     low, high = args.reward_range or (0.0, 1.0)
     if args.gamma >= 1 or args.tau > 1 or not -math.inf < low < high < math.inf:
         raise ValueError("--gamma must be below 1, --tau at most 1, --reward-range ascending")
-    name = Path(args.env).name  # without the namespace
-    args.run_name = args.run_name or f"{name}__{SCRIPT[:-3]}__{args.seed}__{time.time_ns()}"
+    args.run_name = args.run_name or f"{Path(args.env).name}__aihf__{args.seed}__{time.time_ns()}"
     return args, state
 
 

@@ -10,8 +10,8 @@ Each learns from the data of aihf_sac_mujoco.py or aihf_ppo_llm.py, with the sam
 many steps of SAC (17 to 39 minutes) or PPO (7), writes runs/<run_name>/ and prints the true return
 or the ground-truth score, which nothing else reads. torchrun shards language models (FSDP2).
 
-To be a strong baseline it differs from the paper in three ways (benchmark/tuning/rlhf.md), in r's
-bounds, averaged weights and the numbers marked "paper:" below:
+To be a strong baseline (benchmark/tuning/rlhf.md) it differs from the paper in r's bounds, averaged
+weights, the numbers marked "paper:" below, and in this:
 - Stages 1 and 2 keep what does best on held-out demonstrations and pairs.
 - New critics would undo the cloning in a few hundred updates. A robot's policy is frozen while they
   warm up; a language model's critic starts as a copy of the reward model, if that reads its text.
@@ -167,9 +167,9 @@ def hold_out(count: int, share: float, rng: np.random.Generator) -> list[Tensor]
 
 
 def fit(module: nn.Module, loss, penalty, split, batch_size, updates, learning_rate, anneal, rng):
-    """Adam on loss(rows) + penalty(), rows a batch from split[0]. The module ends with those of its
-    parameters, looked at every CHECK_EVERY updates, whose loss on the rows held out, split[1], is
-    lowest. Returns after how many updates that was, and the loss."""
+    """Adam on loss(rows) + penalty(), rows a batch from split[0]. The module keeps the parameters
+    of the lowest loss on the rows held out, split[1], looked at every CHECK_EVERY updates. Returns
+    after how many updates that was, and the loss."""
     optimizer, (train, held_out), best = torch.optim.Adam(module.parameters()), split, math.inf
     for update in tqdm(range(1, updates + 1), f"fitting {type(module).__name__}"):
         share_left = 1 - (update - 1) / updates if anneal else 1.0
@@ -204,8 +204,8 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         env = make_env(args.env)
         (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
         args.total_timesteps = args.total_timesteps or 100_000 * act_dim
-        name = Path(args.env).name  # without the namespace
-        args.run_name = args.run_name or f"{name}__{SCRIPT[:-3]}__{args.seed}__{time.time_ns()}"
+        name = f"{Path(args.env).name}__rlhf__{args.seed}__{time.time_ns()}"
+        args.run_name = args.run_name or name
 
         data_dir = Path(args.data_dir or f"data_gen/assets/mujoco/{args.env}")
         tiers = {t: read.episodes(data_dir / f"{t}.npz", env) for t in ("high", "medium", "low")}
@@ -242,7 +242,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
                 raise ValueError(f"the run learned from other data than {data_dir} now holds")
             read.check_steps(len(state["replay"]), args, "total_timesteps")
             not_learned = args.kl_coefficient or not state["sac"]["beta_square"]["log"]
-            fixed = {"beta": sac["beta"]} if not_learned else {}
+            fixed = {"beta": sac["beta"]} if not_learned else {}  # β of the flag
             tree_map(Tensor.copy_, sac, state["sac"] | fixed)
             averaged.load_state_dict(state["averaged"])
             reward.load_state_dict(state["reward"])
@@ -328,6 +328,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         started, first_step = time.perf_counter(), step
         share_left = 1 - step / args.total_timesteps if args.anneal else 1.0
         learning_rate = torch.tensor(args.learning_rate * share_left, device=device)
+        before = tree_map(Tensor.clone, averaged.state_dict())
         obs, _ = env.reset(seed=int(rng.integers(2**31)))
         iteration_end = min(step + args.policy_steps_per_iteration, last_step)
         while step < iteration_end:
@@ -350,6 +351,9 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             averaged.update_parameters(actor)
             read.check_finite(step, run_dir, rewards=rewards, sac_losses=losses, **sac["actor"])
             bar.update(block)
+        fell = replay[demo_steps : demo_steps + step, -1]
+        if fell[first_step:].mean() > fell[-10 * args.policy_steps_per_iteration :].mean():
+            averaged.load_state_dict(before)  # more falls than usual in the last ten iterations
 
         # =========================================================== LOG, EVALUATE and CHECKPOINT
         iteration, finished = iteration + 1, step >= last_step
@@ -636,7 +640,7 @@ PRESETS = {  # the paper's models, Table 2, where it is silent ours; the user's 
         --learning-rate 1e-6 --value-learning-rate 1e-6 --batch-size 4 --minibatch-size 4
         --micro-batch-size 4 --ppo-steps 24000 --eval-every 500 --checkpoint-every 500""",
 }
-HELD_OUT = ("held_out_loss", "chosen", "rejected", "margins", "accuracies")  # in stages 1 and 2
+HELD_OUT = ("loss", "chosen", "rejected", "margins", "accuracies")  # logged in stages 1 and 2
 
 
 # ------------------------------------------------------------------- the stages, in equations
@@ -792,7 +796,7 @@ def llm(args: LlmArgs, state: dict) -> None:
                 before = [row[f"{name}/held_out_loss"] for row in log if f"{name}/loss" in row]
                 if means[0] < min(before, default=math.inf):
                     best.load_state_dict(module.state_dict())
-                row = {f"{name}/{key}": mean for key, mean in zip(HELD_OUT, means)}
+                row = {f"{name}/held_out_{key}": mean for key, mean in zip(HELD_OUT, means)}
                 record(step + 1, row | {f"{name}/loss": np.mean(train_losses).item()}, started)
                 started, train_losses = time.perf_counter(), []
         module.load_state_dict(best.state_dict())
@@ -891,7 +895,7 @@ def llm(args: LlmArgs, state: dict) -> None:
 # in evaluation mode, as from_pretrained returns them.
 def load(kind: str, name: str, args: LlmArgs, **new_head):
     """The float32 model that AutoModelFor<kind> gives, and its tokenizer; no remote code is run.
-    ValueError if weights but a new head's are missing, or the tokenizer has too many tokens."""
+    ValueError if weights other than a new head's are missing, or tokens have no embedding."""
     auto, no_code = getattr(transformers, f"AutoModelFor{kind}"), {"trust_remote_code": False}
     model, info = auto.from_pretrained(name, output_loading_info=True, **no_code, **new_head)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **no_code)
@@ -978,7 +982,7 @@ class Scorer(nn.Module):
     outputs their difference). R(τ) is that at a text's last token, V(s) that at the last of s."""
 
     def __init__(self, name: str, args: LlmArgs, trained: bool = False):
-        """A new head if there is none, or ValueError if `trained`; over two outputs: ValueError."""
+        """A new head if there is none; ValueError then if `trained`, or with over two outputs."""
         super().__init__()
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         self.has_head = "SequenceClassification" in str(config.architectures)
@@ -1121,7 +1125,8 @@ def evaluate_responses(models, held_out, args: LlmArgs, run_dir: Path, step: int
     row = {f"eval/{name}": x.mean().item() for name, x in scores.items()}
     if judge:
         scores["gt_score"] = truth = gather(in_parts(judge.score, args, texts)).cpu()
-        row |= {"eval/gt_score": truth.mean().item(), "eval/gt_score_std": truth.std().item()}
+        row["eval/gt_score"] = truth.mean().item()
+        row["eval/gt_score_std"] = truth.std(correction=0).item()
         ranks = torch.stack([scores["learned_score"], truth]).argsort().argsort().double()
         row["eval/reward_correlation"] = torch.corrcoef(ranks)[0, 1].item()  # Spearman's
     path = None if args.evaluate else run_dir / ("samples.jsonl" if step else "samples_sft.jsonl")

@@ -208,7 +208,8 @@ def measure_floor(training: str, repeats: int = 5) -> float:
     demos = list(zip(*read.rows(ASSETS / "demonstrations.jsonl", "prompt completion", 1000)))
     prompts, responses = (count(column) * RESPONSES // 1000 for column in demos)
     written = RESPONSES * (2 if training == "remax" else 1)  # greedy responses too
-    sampling = LENGTH * products(written, written) + products(written * prompts // RESPONSES, 0)
+    read_first = products(written * prompts // RESPONSES, written)  # prompts, for the first token
+    sampling = read_first + (LENGTH - 1) * products(written, written)
     tokens = prompts + responses
     scoring = products(tokens, responses)  # the reference's log-probabilities
     scoring += products(tokens, 0) * (2 if training == "remax" else 1)  # learned scores

@@ -15,8 +15,8 @@ compilation nor a warm-up of 50,000 steps (random actions, then a thousand updat
 after it our memory of rollouts, from which reward updates draw their steps, is full.
 
 - aihf: aihf_sac_mujoco.py as shipped, from the charts/SPS it logs. Only SAC steps are counted, but
-  rollouts and reward updates are in the time, which the others have not; evaluation, logging and
-  checkpoints are not in it.
+  rollouts, reward updates and what is logged of the reward are in the time, which the others have
+  not; evaluation and checkpoints are not in it.
 - aihf-lower-level: the same script with as little around SAC as its flags allow, in one policy
   alignment of --steps: relabelling with the learned reward, and after it one reward update on steps
   drawn from one episode of rollouts, stay in the time.

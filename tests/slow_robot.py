@@ -182,6 +182,15 @@ def pairs(folder: Path, tiers, features, length: int):
     return found
 
 
+def falls_more_often(replay, first, steps_per_iteration):
+    """Whether a fall ended a greater share of the steps from number `first` on than of those of the
+    last ten iterations, these among them."""
+    falls, begin = [t for t, row in enumerate(replay) if row[8]], len(replay)
+    begin = max(0, begin - 10 * steps_per_iteration)
+    now, lately = (sum(t >= start for t in falls) for start in (first, begin))
+    return now * (len(replay) - begin) > lately * (len(replay) - first)
+
+
 class Reward:
     """r of a network; {tier: episodes} standardise its observations."""
 

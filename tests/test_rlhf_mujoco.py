@@ -284,6 +284,7 @@ def slow_rlhf(a: rlhf.MujocoArgs, folder: Path):
         rate = a.learning_rate * (1 - step / a.total_timesteps if a.anneal else 1)
         obs = robot.reset(seed=int(rng.integers(2**31)))
         end = min(step + a.policy_steps_per_iteration, a.total_timesteps)
+        first, averaged = step, len(policies)
         while step < end:
             block = min(50, end - step)
             for _ in range(block):
@@ -302,6 +303,8 @@ def slow_rlhf(a: rlhf.MujocoArgs, folder: Path):
                     rewards = r(features(s, action))
                 losses = sac.update(rate, s, action, rewards, next_s, ended[:, 0], its_noise)
             policies.append(copy.deepcopy(actor))
+        if slow.falls_more_often(replay[known:], first, a.policy_steps_per_iteration):
+            del policies[averaged:]
         iteration += 1
         names = "q policy entropy q_mean beta kl".split()
         row = {f"losses/{name}": loss for name, loss in zip(names, losses.tolist())}
