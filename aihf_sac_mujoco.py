@@ -267,8 +267,9 @@ def main() -> None:
                 read.check_finite(step, run_dir, rewards=rewards, losses=losses, **sac["actor"])
             bar.update(block)
         fell = replay[demo_steps : demo_steps + step, -1]
-        if fell[first_step:].mean() > fell[-10 * args.policy_steps_per_iteration :].mean():
-            averaged.load_state_dict(before)  # more falls than usual in the last ten iterations
+        falls = np.add.reduceat(fell, range(0, step, args.policy_steps_per_iteration))
+        if falls[-1] > falls[-10:].min():  # not the fewest of the last ten iterations: left out
+            averaged.load_state_dict(before)
 
         # ========================================= SAMPLE: τ' ~ π_{k+1}; g1 sees the ten latest
         seeds = rng.integers(2**31, size=args.rollout_steps_per_iteration)  # as many as it may need

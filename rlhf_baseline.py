@@ -100,7 +100,6 @@ class MujocoArgs:
 
 SCRIPT = "rlhf_baseline.py"
 ASSETS = "data_gen/assets/imdb"
-INITIAL_BETA = 0.05  # of the entropy bonus: where it ends in AIHF's runs
 BLOCK = 50  # environment steps, then as many updates: Spinning Up's update_every
 CHECK_EVERY = 50  # updates of stages 1 and 2 between looks at the held-out data
 LOSSES = tuple(f"losses/{x}" for x in ("q", "policy", "entropy", "q_mean", "beta", "kl"))  # SAC's
@@ -168,8 +167,7 @@ def hold_out(count: int, share: float, rng: np.random.Generator) -> list[Tensor]
 
 def fit(module: nn.Module, loss, penalty, split, batch_size, updates, learning_rate, anneal, rng):
     """Adam on loss(rows) + penalty(), rows a batch from split[0]. The module keeps the parameters
-    of the lowest loss on the rows held out, split[1], looked at every CHECK_EVERY updates. Returns
-    after how many updates that was, and the loss."""
+    of the lowest loss on split[1], held out. Returns after how many updates that was, and it."""
     optimizer, (train, held_out), best = torch.optim.Adam(module.parameters()), split, math.inf
     for update in tqdm(range(1, updates + 1), f"fitting {type(module).__name__}"):
         share_left = 1 - (update - 1) / updates if anneal else 1.0
@@ -219,7 +217,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         # Evaluated: averaged weights, to 65 % those of the last tenth (Shamir and Zhang 2013)
         averaged = AveragedModel(actor, avg_fn=lambda a, b, n: a.lerp(b, 10 / (10 + n)))
         critics = Critics(obs_dim, act_dim, args.hidden).to(device)
-        sac = init_sac(actor, critics, args.kl_coefficient or INITIAL_BETA)
+        sac = init_sac(actor, critics, args.kl_coefficient or 0.05)  # β of the bonus as AIHF ends
         sac["cloned"] = {key: p.clone() for key, p in sac["actor"].items()}  # stage 1's result
         target_entropy = None if args.kl_coefficient else -act_dim
         settings = args.gamma, args.tau, target_entropy, args.critic_warmup_steps
@@ -352,8 +350,9 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             read.check_finite(step, run_dir, rewards=rewards, sac_losses=losses, **sac["actor"])
             bar.update(block)
         fell = replay[demo_steps : demo_steps + step, -1]
-        if fell[first_step:].mean() > fell[-10 * args.policy_steps_per_iteration :].mean():
-            averaged.load_state_dict(before)  # more falls than usual in the last ten iterations
+        falls = np.add.reduceat(fell, range(0, step, args.policy_steps_per_iteration))
+        if falls[-1] > falls[-10:].min():  # not the fewest of the last ten iterations: left out
+            averaged.load_state_dict(before)
 
         # =========================================================== LOG, EVALUATE and CHECKPOINT
         iteration, finished = iteration + 1, step >= last_step
@@ -1141,8 +1140,7 @@ def save_model(model, tokenizer, folder: Path) -> None:
 
 # ------------------------------------------------------------------------------- the command line
 def parse_args() -> tuple:
-    """The arguments of the run to carry on or to evaluate, the preset, then the command line; and
-    that run's checkpoint, else {}."""
+    """Arguments: a given run's, the preset's, the command line's; and that run's checkpoint."""
     robots = Annotated[MujocoArgs, tyro.conf.subcommand("mujoco")]
     language = Annotated[LlmArgs, tyro.conf.subcommand("llm")]
     args = tyro.cli(robots | language, description=__doc__.split("\n\n")[0])

@@ -183,12 +183,14 @@ def pairs(folder: Path, tiers, features, length: int):
 
 
 def falls_more_often(replay, first, steps_per_iteration):
-    """Whether a fall ended a greater share of the steps from number `first` on than of those of the
-    last ten iterations, these among them."""
-    falls, begin = [t for t, row in enumerate(replay) if row[8]], len(replay)
-    begin = max(0, begin - 10 * steps_per_iteration)
-    now, lately = (sum(t >= start for t in falls) for start in (first, begin))
-    return now * (len(replay) - begin) > lately * (len(replay) - first)
+    """Whether more falls ended an episode from step `first` on than in one of the nine iterations
+    before."""
+    now, before = [row[8] for row in replay[first:]], replay[:first][-9 * steps_per_iteration :]
+    counts = []
+    while before:
+        counts.append(sum(row[8] for row in before[:steps_per_iteration]))
+        before = before[steps_per_iteration:]
+    return any(sum(now) > count for count in counts)
 
 
 class Reward:

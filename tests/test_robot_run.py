@@ -247,20 +247,18 @@ def test_kill_and_resume(tmp_path, data, plain, script, function, call, by, rows
     assert files(folder).keys() == files(plain(script)).keys()
 
 
-@pytest.mark.parametrize("script, seed, steps", [(AIHF, 1, 600), (RLHF, 7, 900)])
-def test_iterations_with_more_falls_than_usual_are_not_averaged(
-    tmp_path, data, script, seed, steps
-):
-    """Usual: in the ten latest. One block an iteration; RLHF's clone is averaged too. With these
+@pytest.mark.parametrize("script, seed", [(AIHF, 1), (RLHF, 6)])
+def test_iterations_with_more_falls_are_not_averaged(tmp_path, data, script, seed):
+    """Than the fewest in ten. One block an iteration; RLHF's clone is averaged too. With these
     seeds nine or eleven would not do."""
     flags = ["--policy-steps-per-iteration", 20, "--eval-every", 100, "--seed", seed]
-    state = load(run(script, tmp_path, data, *flags, "--total-timesteps", steps))
+    state = load(run(script, tmp_path, data, *flags, "--total-timesteps", 900))
     falls = state["replay"][:, -1].view(-1, 20).sum(1).tolist()
 
-    def averaged(usual: int) -> int:
-        means = [np.mean(falls[: i + 1][-usual:]) for i in range(len(falls))]
+    def averaged(window: int) -> int:
+        fewest = [min(falls[: i + 1][-window:]) for i in range(len(falls))]
         first = 1 if script is AIHF else 0  # iteration with a policy that has learned
-        return 1 - first + sum(x <= y for x, y in zip(falls[first:], means[first:]))
+        return 1 - first + sum(x == y for x, y in zip(falls[first:], fewest[first:]))
 
     assert state["averaged"]["n_averaged"] == averaged(10)
     assert averaged(10) not in (averaged(9), averaged(11), averaged(1)), falls
