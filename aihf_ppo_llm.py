@@ -93,7 +93,7 @@ class Args:
     kl_coefficient: float = 0.02  # β of (10)
 
     # Running
-    eval_prompts: int = 256  # held-out prompts; for g1 too as many are sampled at once
+    eval_prompts: int = 256  # held-out prompts; g1's responses are sampled as many at a time
     eval_every: int = 5  # PPO steps between evaluations
     checkpoint_every: int = 10  # PPO steps between checkpoints
     runs_dir: str = "runs"  # where run folders go
@@ -228,6 +228,8 @@ def main() -> None:
         data_hash = read.fingerprint(pairs, prompts, demos, [n], *weights)
         if state and state["data_hash"] != data_hash:
             raise ValueError("the run had other data, another model, or other --eval-prompts")
+        if state and not learned.keys() <= state.keys():
+            raise ValueError("the run has no critic: PPO cannot carry it on")
         for name in learned if state else ():
             learned[name].load_state_dict(state[name])
         for module in dict.fromkeys([*learned.values(), reference, base]):
@@ -461,7 +463,7 @@ class Scorer(nn.Module):
     outputs their difference). R(τ) is that at a text's last token, V(s) that at the last of s."""
 
     def __init__(self, name: str, args: Args, trained: bool = False):
-        """A new head if there is none; ValueError then if `trained`, or with over two outputs."""
+        """A new head if there is none; ValueError if `trained` and none, or over two outputs."""
         super().__init__()
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         self.has_head = "SequenceClassification" in str(config.architectures)

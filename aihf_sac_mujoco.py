@@ -75,7 +75,7 @@ class Args:
     eval_episodes: int = 10  # deterministic episodes in each
     checkpoint_every: int = 10  # iterations between checkpoints
     runs_dir: str = "runs"  # where run folders go
-    run_name: str = ""  # the run's folder; "": from environment, script, seed and time
+    run_name: str = ""  # the run's folder; "": from environment, method, seed and time
     resume: str = ""  # a run folder to carry on with its arguments; most flags beside it win
     evaluate: str = ""  # a run folder whose policy to evaluate instead of training; beats --resume
     compile: bool = True  # compile the SAC update (needs a C++ compiler)
@@ -137,7 +137,7 @@ def demonstration_gap(reward, demos, rollouts) -> Tensor:
 
 
 def draw(x: Tensor, weights: Tensor, count: int, rng: np.random.Generator) -> tuple:
-    """A minibatch whose Σ weight · r has the mean of that of the N steps: features, one weight."""
+    """Features and equal weights of count steps, to estimate Σ weight · r of all N without bias."""
     shares = weights.double().cpu() / weights.double().sum().cpu()
     return x[rng.choice(len(x), count, p=shares.numpy())], (weights.sum() / count).expand(count)
 
@@ -182,7 +182,7 @@ def main() -> None:
         data_hash = read.fingerprint(*(x for tier in tiers.values() for x in tier), pairs)
 
         actor = Actor(obs_dim, act_dim, args.hidden).to(device)
-        # Evaluated: averaged weights, to 65 % those of the last tenth (Shamir and Zhang 2013)
+        # Evaluated: averaged weights, to 65 % the last tenth of those kept (Shamir and Zhang 2013)
         averaged = AveragedModel(actor, avg_fn=lambda a, b, n: a.lerp(b, 10 / (10 + n)))
         critics = Critics(obs_dim, act_dim, args.hidden).to(device)
         sac = init_sac(actor, critics, args.entropy_coefficient or 1.0)
@@ -207,7 +207,7 @@ def main() -> None:
 
         if state:
             if state["data_hash"] != data_hash:
-                raise ValueError(f"the run had other data than {data_dir}, or a weight of 0")
+                raise ValueError(f"the run had other data than {data_dir}, or one weight is 0")
             read.check_steps(len(state["replay"]), args, "total_timesteps")
             fixed = {"beta": sac["beta"]} if args.entropy_coefficient else {}  # β of the flag
             tree_map(Tensor.copy_, sac, state["sac"] | fixed)
@@ -266,13 +266,13 @@ def main() -> None:
                 averaged.update_parameters(actor)
                 read.check_finite(step, run_dir, rewards=rewards, losses=losses, **sac["actor"])
             bar.update(block)
-        fell = replay[demo_steps : demo_steps + step, -1]
-        falls = np.add.reduceat(fell, range(0, step, args.policy_steps_per_iteration))
-        if falls[-1] > falls[-10:].min():  # not the fewest of the last ten iterations: left out
+        ends = [*(row["charts/sac_steps"] for row in log[-10:]), step]  # of ten iterations
+        falls = [replay[demo_steps + i : demo_steps + j, -1].mean() for i, j in zip(ends, ends[1:])]
+        if before["n_averaged"] and falls[-1] > min(falls):  # not the fewest: left out
             averaged.load_state_dict(before)
 
         # ========================================= SAMPLE: τ' ~ π_{k+1}; g1 sees the ten latest
-        seeds = rng.integers(2**31, size=args.rollout_steps_per_iteration)  # as many as it may need
+        seeds = rng.integers(2**31, size=args.rollout_steps_per_iteration)  # enough for play
         fresh = play(env, actor, seeds, args.rollout_steps_per_iteration, rng)[:3]
         recent = [*recent, fresh][-args.rollout_memory :]
         x, weights = zip(*(features_and_weights(*rollout) for rollout in recent))
@@ -295,7 +295,7 @@ def main() -> None:
             reward_optimizer.zero_grad()
             (-objective).backward()  # Adam descends
             reward_optimizer.step()
-        read.check_finite(step, run_dir, objective=objective, **reward.state_dict())
+        read.check_finite(step, run_dir, objective=objective, reward=reward(data_steps))
 
         # ======================================================================= LOG and EVALUATE
         iteration, finished = len(log), step >= last_step
@@ -477,8 +477,7 @@ def play(env: gym.Env, actor: Actor, seeds, steps=math.inf, rng=None) -> tuple[T
 
 @torch.no_grad()
 def evaluate(env: gym.Env, actor: Actor, episodes: int, reward: Reward) -> dict[str, float]:
-    """The only reader of the true reward: returns of deterministic episodes from fixed seeds, and
-    the correlation of learned and true reward over their steps (nan if one is constant)."""
+    """The only user of the true reward: episodes of fixed seeds, no noise; correlation with r."""
     obs, actions, lengths, true_rewards = play(env, actor, range(10_000, 10_000 + episodes))
     returns = torch.stack([part.double().sum() for part in true_rewards.split(lengths.tolist())])
     learned_rewards = reward(reward.features(obs, actions)).cpu()

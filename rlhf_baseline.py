@@ -89,7 +89,7 @@ class MujocoArgs:
     eval_episodes: int = 10  # deterministic episodes in each
     checkpoint_every: int = 10  # iterations between checkpoints; stages 1 and 2 save at their end
     runs_dir: str = "runs"  # where run folders go
-    run_name: str = ""  # the run's folder; "": from environment, script, seed and time
+    run_name: str = ""  # the run's folder; "": from environment, method, seed and time
     resume: str = ""  # a run folder to carry on with its arguments; most flags beside it win
     evaluate: str = ""  # a run folder whose policy to evaluate instead of training; beats --resume
     compile: bool = True  # compile the SAC update (needs a C++ compiler)
@@ -166,8 +166,8 @@ def hold_out(count: int, share: float, rng: np.random.Generator) -> list[Tensor]
 
 
 def fit(module: nn.Module, loss, penalty, split, batch_size, updates, learning_rate, anneal, rng):
-    """Adam on loss(rows) + penalty(), rows a batch from split[0]. The module keeps the parameters
-    of the lowest loss on split[1], held out. Returns after how many updates that was, and it."""
+    """Adam on loss(rows) + penalty(), rows a batch from split[0]; keeps the parameters with the
+    lowest loss on split[1], held out. Returns their number of updates and this loss."""
     optimizer, (train, held_out), best = torch.optim.Adam(module.parameters()), split, math.inf
     for update in tqdm(range(1, updates + 1), f"fitting {type(module).__name__}"):
         share_left = 1 - (update - 1) / updates if anneal else 1.0
@@ -214,10 +214,10 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         pair_split = hold_out(len(pairs), args.held_out_share, rng)
 
         actor = Actor(obs_dim, act_dim, args.hidden).to(device)
-        # Evaluated: averaged weights, to 65 % those of the last tenth (Shamir and Zhang 2013)
+        # Evaluated: averaged weights, to 65 % the last tenth of those kept (Shamir and Zhang 2013)
         averaged = AveragedModel(actor, avg_fn=lambda a, b, n: a.lerp(b, 10 / (10 + n)))
         critics = Critics(obs_dim, act_dim, args.hidden).to(device)
-        sac = init_sac(actor, critics, args.kl_coefficient or 0.05)  # β of the bonus as AIHF ends
+        sac = init_sac(actor, critics, args.kl_coefficient or 0.05)  # else: as AIHF's β ends
         sac["cloned"] = {key: p.clone() for key, p in sac["actor"].items()}  # stage 1's result
         target_entropy = None if args.kl_coefficient else -act_dim
         settings = args.gamma, args.tau, target_entropy, args.critic_warmup_steps
@@ -240,7 +240,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
                 raise ValueError(f"the run learned from other data than {data_dir} now holds")
             read.check_steps(len(state["replay"]), args, "total_timesteps")
             not_learned = args.kl_coefficient or not state["sac"]["beta_square"]["log"]
-            fixed = {"beta": sac["beta"]} if not_learned else {}  # β of the flag
+            fixed = {"beta": sac["beta"]} if not_learned else {}  # as in a new run
             tree_map(Tensor.copy_, sac, state["sac"] | fixed)
             averaged.load_state_dict(state["averaged"])
             reward.load_state_dict(state["reward"])
@@ -349,9 +349,9 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             averaged.update_parameters(actor)
             read.check_finite(step, run_dir, rewards=rewards, sac_losses=losses, **sac["actor"])
             bar.update(block)
-        fell = replay[demo_steps : demo_steps + step, -1]
-        falls = np.add.reduceat(fell, range(0, step, args.policy_steps_per_iteration))
-        if falls[-1] > falls[-10:].min():  # not the fewest of the last ten iterations: left out
+        ends = [*(row["charts/sac_steps"] for row in log[1:][-10:]), step]  # of ten iterations
+        falls = [replay[demo_steps + i : demo_steps + j, -1].mean() for i, j in zip(ends, ends[1:])]
+        if before["n_averaged"] and falls[-1] > min(falls):  # not the fewest: left out
             averaged.load_state_dict(before)
 
         # =========================================================== LOG, EVALUATE and CHECKPOINT
@@ -551,8 +551,7 @@ def play(env: gym.Env, actor: Actor, seeds, steps=math.inf, rng=None) -> tuple[T
 
 @torch.no_grad()
 def evaluate(env: gym.Env, actor: Actor, episodes: int, reward: Reward) -> dict[str, float]:
-    """The only reader of the true reward: returns of deterministic episodes from fixed seeds, and
-    the correlation of learned and true reward over their steps (nan if one is constant)."""
+    """The only user of the true reward: episodes of fixed seeds, no noise; correlation with r."""
     obs, actions, lengths, true_rewards = play(env, actor, range(10_000, 10_000 + episodes))
     returns = torch.stack([part.double().sum() for part in true_rewards.split(lengths.tolist())])
     learned_rewards = reward(reward.features(obs, actions)).cpu()
@@ -981,7 +980,7 @@ class Scorer(nn.Module):
     outputs their difference). R(τ) is that at a text's last token, V(s) that at the last of s."""
 
     def __init__(self, name: str, args: LlmArgs, trained: bool = False):
-        """A new head if there is none; ValueError then if `trained`, or with over two outputs."""
+        """A new head if there is none; ValueError if `trained` and none, or over two outputs."""
         super().__init__()
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         self.has_head = "SequenceClassification" in str(config.architectures)

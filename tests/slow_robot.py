@@ -183,14 +183,13 @@ def pairs(folder: Path, tiers, features, length: int):
 
 
 def falls_more_often(replay, first, steps_per_iteration):
-    """Whether more falls ended an episode from step `first` on than in one of the nine iterations
-    before."""
-    now, before = [row[8] for row in replay[first:]], replay[:first][-9 * steps_per_iteration :]
-    counts = []
-    while before:
-        counts.append(sum(row[8] for row in before[:steps_per_iteration]))
-        before = before[steps_per_iteration:]
-    return any(sum(now) > count for count in counts)
+    """Whether a greater share of the steps from number `first` on ended in a fall than of those of
+    one of the nine iterations before."""
+    falls = [int(row[8]) for row in replay]
+    starts = [i for i in range(0, first, steps_per_iteration)][-9:]
+    before = (sum(falls[i : i + steps_per_iteration]) for i in starts)
+    now, length = sum(falls[first:]), len(falls) - first
+    return any(now * steps_per_iteration > count * length for count in before)
 
 
 class Reward:

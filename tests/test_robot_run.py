@@ -247,18 +247,24 @@ def test_kill_and_resume(tmp_path, data, plain, script, function, call, by, rows
     assert files(folder).keys() == files(plain(script)).keys()
 
 
-@pytest.mark.parametrize("script, seed", [(AIHF, 1), (RLHF, 6)])
+@pytest.mark.parametrize("script, seed", [(AIHF, 13), (RLHF, 7)])
 def test_iterations_with_more_falls_are_not_averaged(tmp_path, data, script, seed):
-    """Than the fewest in ten. One block an iteration; RLHF's clone is averaged too. With these
-    seeds nine or eleven would not do."""
+    """Than the fewest in ten, by step: one iteration, the last before the run is carried on, is
+    short. A block each; RLHF's clone counts too. With these seeds nine or eleven would not do."""
     flags = ["--policy-steps-per-iteration", 20, "--eval-every", 100, "--seed", seed]
-    state = load(run(script, tmp_path, data, *flags, "--total-timesteps", 900))
-    falls = state["replay"][:, -1].view(-1, 20).sum(1).tolist()
+    folder = run(script, tmp_path, data, *flags, "--total-timesteps", 311)
+    code, out, err = carry_on(script, folder, "--total-timesteps", 900)
+    assert code == 0, (out, err)
+    state = load(folder)
+    ends = sorted({int(row["charts/sac_steps"]) for row in state["log"]})
+    assert ends[15:18] == [300, 311, 331]
+    fell = state["replay"][:, -1].double()
+    falls = [fell[i:j].mean().item() for i, j in zip(ends, ends[1:])]
 
     def averaged(window: int) -> int:
         fewest = [min(falls[: i + 1][-window:]) for i in range(len(falls))]
-        first = 1 if script is AIHF else 0  # iteration with a policy that has learned
-        return 1 - first + sum(x == y for x, y in zip(falls[first:], fewest[first:]))
+        second = 2 if script is AIHF else 0  # iteration after the first policy, which counts
+        return 1 + sum(x == y for x, y in zip(falls[second:], fewest[second:]))
 
     assert state["averaged"]["n_averaged"] == averaged(10)
     assert averaged(10) not in (averaged(9), averaged(11), averaged(1)), falls

@@ -384,7 +384,8 @@ def slow_aihf(a: aihf.Args, folder: Path):
                     rate = a.learning_rate * left
                     losses = sac.update(rate, s, action, rewards, next_s, ended, its_noise)
                 policies_of_blocks.append(copy.deepcopy(actor))
-        if slow.falls_more_often(replay[known:], first, a.policy_steps_per_iteration):
+        often = slow.falls_more_often(replay[known:], first, a.policy_steps_per_iteration)
+        if averaged and often:
             del policies_of_blocks[averaged:]
 
         seeds = rng.integers(2**31, size=a.rollout_steps_per_iteration)  # SAMPLE
