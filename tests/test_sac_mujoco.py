@@ -532,7 +532,7 @@ def test_loop_equals_a_slow_reference(tmp_path, data, monkeypatch, changes):
 # ---------------------------------------------------------------------------------------- learning
 def test_learning_ranks_the_data_and_closes_the_gap(tmp_path, data):
     """Planted data: high pushes up, low down."""
-    flags = """--env helpers:Drift-v0 --total-timesteps 400 --policy-steps-per-iteration 200
+    flags = """--env helpers:Drift-v0 --total-timesteps 600 --policy-steps-per-iteration 200
     --gamma 0.9 --learning-starts 100 --rollout-steps-per-iteration 60 --batch-size 32
     --learning-rate 0.01 --hidden 16 --segment-length 4 --reward-updates-per-iteration 40
     --reward-learning-rate 0.01 --gradient-penalty 10 --eval-every 1 --run-name run
@@ -549,7 +549,7 @@ def test_learning_ranks_the_data_and_closes_the_gap(tmp_path, data):
         )
         for tier in tiers
     )
-    _, first, last = state["log"]
+    _, first, _, last = state["log"]
     assert high > medium + 0.2 > low + 0.4, (low, medium, high)
     assert first["reward/gap"] > 1 and abs(last["reward/gap"]) < 0.5
     assert last["reward/preference_accuracy"] > 0.9 and last["eval/reward_correlation"] > 0.5
