@@ -268,7 +268,7 @@ def main() -> None:
             bar.update(block)
         ends = [*(row["charts/sac_steps"] for row in log[-10:]), step]  # of ten iterations
         falls = [replay[demo_steps + i : demo_steps + j, -1].mean() for i, j in zip(ends, ends[1:])]
-        if before["n_averaged"] and falls[-1] > min(falls):  # not the fewest: left out
+        if before["n_averaged"] and falls[-1] > min(falls):  # more often than the best: left out
             averaged.load_state_dict(before)
 
         # ========================================= SAMPLE: τ' ~ π_{k+1}; g1 sees the ten latest

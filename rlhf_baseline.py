@@ -351,7 +351,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             bar.update(block)
         ends = [*(row["charts/sac_steps"] for row in log[1:][-10:]), step]  # of ten iterations
         falls = [replay[demo_steps + i : demo_steps + j, -1].mean() for i, j in zip(ends, ends[1:])]
-        if before["n_averaged"] and falls[-1] > min(falls):  # not the fewest: left out
+        if before["n_averaged"] and falls[-1] > min(falls):  # more often than the best: left out
             averaged.load_state_dict(before)
 
         # =========================================================== LOG, EVALUATE and CHECKPOINT
