@@ -217,7 +217,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         # Evaluated: averaged weights, to 65 % the last tenth of those kept (Shamir and Zhang 2013)
         averaged = AveragedModel(actor, avg_fn=lambda a, b, n: a.lerp(b, 10 / (10 + n)))
         critics = Critics(obs_dim, act_dim, args.hidden).to(device)
-        sac = init_sac(actor, critics, args.kl_coefficient or 0.05)  # else: as AIHF's β ends
+        sac = init_sac(actor, critics, args.kl_coefficient or 0.05)  # 0.05: where AIHF's β ends
         sac["cloned"] = {key: p.clone() for key, p in sac["actor"].items()}  # stage 1's result
         target_entropy = None if args.kl_coefficient else -act_dim
         settings = args.gamma, args.tau, target_entropy, args.critic_warmup_steps
