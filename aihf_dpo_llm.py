@@ -65,7 +65,7 @@ class Args:
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
 
     # What is maximised, (13)
-    demo_weight: float = 1.0  # α, as in (8a): β times that of Algorithm 1; 0 is DPO
+    demo_weight: float = 1.0  # α of (8a); in aihf_ppo_llm.py it is α / β; 0 is DPO
     preference_weight: float = 1.0  # 0 is supervised fine-tuning
     beta: float = 0.1  # β: the smaller, the further the policy may go from the reference
     sft_normalisation: Literal["token", "sequence"] = "token"  # log π(y|x): mean or sum over tokens
@@ -180,7 +180,7 @@ def main() -> None:
         for part in read.parts(0, size // processes, args.micro_batch_size):
             d, p = demo_indices[part], pair_indices[part]
             examples = [demos[i] for i in d] + [pairs[i] for i in p]
-            log_probs = policy.log_probs([row for sides in examples for row in sides])
+            log_probs = policy.log_probs([side for example in examples for side in example])
             demo_log_probs, pair_log_probs = log_probs.split([len(d), 2 * len(p)])
             pair_log_probs = pair_log_probs.view(-1, 2)
             lengths = torch.tensor([len(y) for i in d for _, y in demos[i]], device=device)

@@ -93,7 +93,7 @@ class Args:
     kl_coefficient: float = 0.02  # β of (10)
 
     # Running
-    eval_prompts: int = 256  # held-out prompts; g1's responses are sampled as many at a time
+    eval_prompts: int = 256  # held-out prompts; as many of g1's responses are sampled at a time
     eval_every: int = 5  # PPO steps between evaluations
     checkpoint_every: int = 10  # PPO steps between checkpoints
     runs_dir: str = "runs"  # where run folders go
@@ -107,7 +107,7 @@ class Args:
     track: bool = False  # log to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY ...)
 
 
-PRESETS = {  # the paper's models, Table 2, where it is silent ours; the user's own flags win
+PRESETS = {  # the paper's models and Table 2, else our guess; the user's own flags win
     "imdb": """--model-name-or-path gpt2 --ground-truth-path lvwerra/distilbert-imdb
         --num-demonstrations 0 --num-preferences 0 --preference-weight 1 --reward-learning-rate 1e-5
         --reward-batch-size 128 --reward-updates-per-iteration 12 --policy-steps-per-iteration 20
@@ -188,7 +188,7 @@ def main() -> None:
         args, state = parse_args()
         device, processes = start_processes(args)
 
-        # Learned: π, R(·; θ), PPO's V (a copy of R where R reads π's tokens); not: π⁰, base, judge
+        # Learned: π, R, PPO's V (begins as R where R reads π's tokens); frozen: π⁰, base, judge
         initial = args.sft_model_path or args.model_name_or_path
         policy = Policy(initial, args)
         reference = copy.deepcopy(policy)  # π⁰
@@ -216,8 +216,7 @@ def main() -> None:
         prompt_ids, n = policy.texts.prompts(prompts, args.prompts), args.eval_prompts
         if len(prompts) <= n:
             raise ValueError(f"{args.prompts} has too few rows for --eval-prompts {n}")
-        train_prompts, train_ids = prompts[:-n], prompt_ids[:-n]
-        demos, demo_prompt_ids = [(x, "") for x in train_prompts], train_ids  # α = 0: no D
+        demos, demo_prompt_ids = [(x, "") for x in prompts[:-n]], prompt_ids[:-n]  # α = 0: no D
         if args.demo_weight:
             demos = read.rows(args.demonstrations, "prompt completion", args.num_demonstrations)
             demo_prompt_ids = policy.texts.prompts([x for x, _ in demos], args.demonstrations)
@@ -247,20 +246,16 @@ def main() -> None:
         return evaluation(log[-1]["charts/step"])
     log = log or [{"charts/step": 0, "charts/wall_seconds": 0} | evaluation(0)]
     track(log[-1], step=len(log) - 1)
-    rates = {"policy": args.learning_rate, "value": args.value_learning_rate}
-    rates["reward"] = args.reward_learning_rate
 
     for step in tqdm(range(len(log) - 1, args.ppo_steps), "AIHF", disable=not read.writes()):
         started, row = time.perf_counter(), {}
         share_left = 1 - step / args.ppo_steps if args.anneal else 1.0
-        for name, optimizer in optimizers.items():
-            optimizer.param_groups[0]["lr"] = rates[name] * share_left
 
         k, steps_since_reward = divmod(step, args.policy_steps_per_iteration)
         if steps_since_reward == 0:  # the reward first (Algorithm 1: the policy): R starts random
             # ================ SAMPLE: τ ~ D, τ' ~ π_k and earlier ones, (τ_l ≺ τ_w) ~ P
             size = args.reward_updates_per_iteration * args.reward_batch_size  # of all updates
-            indices = read.draw(len(demos), size, k, (args.seed, 1))  # 1 to 6: one stream a use
+            indices = read.draw(len(demos), size, k, (args.seed, 1))  # 1 to 6: a stream for a use
             asked = [demo_prompt_ids[i] for i in indices]
             rng, responses = np.random.default_rng([args.seed, 3, k]), []
             for part in read.parts(0, size, args.eval_prompts):  # as many as evaluation at once
@@ -285,11 +280,12 @@ def main() -> None:
                     losses.sum().backward()
                     loss += losses.detach().sum()
                     correct += (r[-2] > r[-1]).sum() / args.reward_batch_size
-                descend(reward, optimizers["reward"], args, step, run_dir, loss)
+                rate = args.reward_learning_rate * share_left
+                descend(optimizers["reward"], rate, args, step, run_dir, loss)
             row["rewards/loss"] = total(loss).item()  # of the last update
             if args.preference_weight:
                 row["rewards/accuracies"] = total(correct).item()
-            # Shift R to mean 0 on π_k's text: it changes λ's term, not (11) or (10)'s best policy.
+            # Shift R to mean 0 on π_k's text: λ's term notices, (11) and the best π of (10) do not.
             reward.offset += gather(in_parts(reward.score, args, share(fresh))).mean()
             if step == 0 and critic_from_reward:
                 value.load_state_dict(reward.state_dict())  # the critic begins as the first reward
@@ -298,11 +294,11 @@ def main() -> None:
                 row["reward/gap"] = gather(r_demos).mean().item()  # minus that of π_k, now 0
 
         # ============= LOWER LEVEL (8b): align π to r(·; θ_{k+1}), a step of PPO or ReMax on (10)
-        indices = read.draw(len(train_ids), args.batch_size, step, (args.seed, 5))
-        asked = [train_ids[i] for i in indices]
+        indices = read.draw(len(prompts) - n, args.batch_size, step, (args.seed, 5))
+        asked = [prompt_ids[i] for i in indices]
         rng = np.random.default_rng([args.seed, 6, step])
         ids, mask, alive, ended, responses = policy.sample(asked, rng)  # responses: of all rows
-        texts = [train_prompts[i] + response for i, response in zip(indices, responses)]
+        texts = [prompts[i] + response for i, response in zip(indices, responses)]
         length, scores = alive.shape[1], in_parts(reward.score, args, share(texts))
         old_log_probs = in_parts(policy.log_probs, args, ids, mask, alive)
         log_ratio = old_log_probs - in_parts(reference.log_probs, args, ids, mask, alive)
@@ -313,30 +309,31 @@ def main() -> None:
             advantages = whiten(advantages, alive)
         else:
             greedy = policy.sample(asked, rng, temperature=1e-6)[-1]
-            texts = [train_prompts[i] + response for i, response in zip(indices, greedy)]
+            texts = [prompts[i] + response for i, response in zip(indices, greedy)]
             greedy_scores = in_parts(reward.score, args, share(texts))
             advantages = remax_advantages(rewards, alive, greedy_scores)  # π/π_old is 1: no clip
 
         statistics = []  # of each minibatch: policy and value loss, approximate KL, share clipped
         size = args.minibatch_size // processes if is_ppo else len(ids)  # rows are already random
         for minibatch in read.parts(0, len(ids), size) * (args.ppo_epochs if is_ppo else 1):
-            weights = alive / total(alive[minibatch].sum())  # a mean over the minibatch's tokens
+            token_weights = alive / total(alive[minibatch].sum())  # a mean over all its tokens
             sums = torch.zeros(4, device=device)
             for part in read.parts(minibatch.start, minibatch.stop, args.micro_batch_size):
                 log_probs = policy.log_probs(ids[part], mask[part], alive[part])
                 old, advantage = old_log_probs[part], advantages[part]
                 losses, ratio = policy_losses(log_probs, old, advantage, args.clip)
-                (losses * weights[part]).sum().backward()
+                (losses * token_weights[part]).sum().backward()
                 errors = torch.zeros_like(losses)
                 if is_ppo:
                     values = value(ids[part], mask[part])[:, -length - 1 : -1]
                     errors = 0.5 * (values - returns[part]) ** 2
-                    (errors * weights[part]).sum().backward()
+                    (errors * token_weights[part]).sum().backward()
                 columns = losses, errors, (log_probs - old) ** 2 / 2, (ratio - 1).abs() > args.clip
-                sums += torch.stack([(x * weights[part]).sum().detach() for x in columns])
+                sums += torch.stack([(x * token_weights[part]).sum().detach() for x in columns])
             statistics.append(total(sums))
-            for name in ("policy", "value") if is_ppo else ("policy",):
-                descend(learned[name], optimizers[name], args, step, run_dir, sums)
+            for name, rate in (("policy", args.learning_rate), ("value", args.value_learning_rate)):
+                if name in learned:  # ReMax has no critic
+                    descend(optimizers[name], rate * share_left, args, step, run_dir, sums)
 
         # ===================================================================== LOG and EVALUATE
         names = ("losses/policy", "losses/value", "losses/approx_kl", "losses/clip_fraction")
@@ -512,10 +509,11 @@ def in_parts(function, args: Args, *rows) -> Tensor:
     return torch.cat([function(*(x[part] for x in rows)) for part in parts])
 
 
-def descend(module, optimizer, args: Args, step: int, run_dir: Path, loss: Tensor) -> None:
+def descend(optimizer, learning_rate: float, args: Args, step: int, run_dir: Path, loss: Tensor):
     """A step along gradients cut to max_grad_norm; the run stops where they are not finite."""
-    norm = nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm)
+    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
     read.check_finite(step, run_dir, loss=loss, gradient=norm)
+    optimizer.param_groups[0]["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad()
 

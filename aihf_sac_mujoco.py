@@ -5,7 +5,7 @@ al., arXiv 2406.06874: Algorithm 1 on MuJoCo robots (6.1, A.2.1). Equation numbe
 
     python aihf_sac_mujoco.py --env Hopper-v4
 
-learns to hop from 10 demonstrations and 2,000 preferences between 50-step segments in 10 to 20
+learns to hop from 10 demonstrations and 2,000 preferences between 50-step segments in some 10
 minutes on a CPU core; prints the true return, which training never uses; writes runs/<run_name>/.
 
 Four departures from the paper matter (README.md has more):
@@ -44,7 +44,7 @@ class Args:
     data_dir: str = ""  # high.npz, medium.npz, low.npz, pairs.csv; "": data_gen/assets/mujoco/<env>
 
     # Upper level: the reward
-    demo_weight: float = 1.0  # α of Algorithm 1: α of (8a) / β, as g1 = β ∇(9); 0: as in RLHF
+    demo_weight: float = 1.0  # α of Algorithm 1, which is α of (8a) / β; 0: preferences alone
     preference_weight: float = 10.0  # of (11); 0: inverse reinforcement learning (paper: 1)
     preference_temperature: float = 5.0  # divides the difference of returns in (11) (paper: 1)
     reward_updates_per_iteration: int = 100  # Adam steps (the authors' code: 1, in longer runs)
@@ -59,7 +59,7 @@ class Args:
     gradient_penalty: float = 1000.0  # weight of the penalty on slopes of r above 1 (paper: none)
 
     # Lower level: the policy
-    policy_steps_per_iteration: int = 5_000  # SAC steps in each policy alignment, from a reset on
+    policy_steps_per_iteration: int = 5_000  # SAC steps in an iteration, which begins with a reset
     demos_in_replay: bool | None = None  # with demonstrations (paper: no); None: if it can fall
     learning_starts: int = 5_000  # steps of uniformly random actions before the first update
     learning_rate: float = 1e-3  # Adam's (paper: 3e-3; the authors' code: 1e-3)
@@ -122,7 +122,7 @@ class Reward(nn.Module):
 
 
 def step_weights(lengths: Tensor, form: str, gamma: float) -> Tensor:
-    """Weights (N,), one a step, of trajectories of these lengths: Σ weight · r is their mean R(τ),
+    """A weight for each step (N,) of trajectories of these lengths: Σ weight · r is mean R(τ),
     R(τ) = Σ_t γ^t r_t (discounted; 0 after a fall) or Σ_t r_t / (T (1 - γ)) (mean)."""
     t, length = torch.cat([torch.arange(n) for n in lengths]), lengths.repeat_interleave(lengths)
     weight = gamma**t if form == "discounted" else 1 / (length * (1 - gamma))
@@ -182,7 +182,7 @@ def main() -> None:
         data_hash = read.fingerprint(*(x for tier in tiers.values() for x in tier), pairs)
 
         actor = Actor(obs_dim, act_dim, args.hidden).to(device)
-        # Evaluated: averaged weights, to 65 % the last tenth of those kept (Shamir and Zhang 2013)
+        # Evaluated: averaged weights; the last tenth counts for 65 % (Shamir and Zhang 2013)
         averaged = AveragedModel(actor, avg_fn=lambda a, b, n: a.lerp(b, 10 / (10 + n)))
         critics = Critics(obs_dim, act_dim, args.hidden).to(device)
         sac = init_sac(actor, critics, args.entropy_coefficient or 1.0)
@@ -209,8 +209,7 @@ def main() -> None:
             if state["data_hash"] != data_hash:
                 raise ValueError(f"the run had other data than {data_dir}, or one weight is 0")
             read.check_steps(len(state["replay"]), args, "total_timesteps")
-            fixed = {"beta": sac["beta"]} if args.entropy_coefficient else {}  # β of the flag
-            tree_map(Tensor.copy_, sac, state["sac"] | fixed)
+            tree_map(Tensor.copy_, sac, state["sac"])
             for name, learned in modules.items():
                 learned.load_state_dict(state[name])
             replay[demo_steps : demo_steps + len(state["replay"])] = state["replay"]
@@ -266,10 +265,10 @@ def main() -> None:
                 averaged.update_parameters(actor)
                 read.check_finite(step, run_dir, rewards=rewards, losses=losses, **sac["actor"])
             bar.update(block)
-        ends = [*(row["charts/sac_steps"] for row in log[-10:]), step]  # of ten iterations
-        falls = [replay[demo_steps + i : demo_steps + j, -1].mean() for i, j in zip(ends, ends[1:])]
-        if before["n_averaged"] and falls[-1] > min(falls):  # more often than the best: left out
-            averaged.load_state_dict(before)
+        fall_rate = float(replay[demo_steps + first_step : demo_steps + step, -1].mean())  # a step
+        fewest = min(row.get("charts/fall_rate", 1.0) for row in log[-9:])  # of the nine before
+        if fall_rate > fewest and before["n_averaged"] and args.reward_range[1] > 0:
+            averaged.load_state_dict(before)  # left out: it fell more often than the best of ten
 
         # ========================================= SAMPLE: τ' ~ π_{k+1}; g1 sees the ten latest
         seeds = rng.integers(2**31, size=args.rollout_steps_per_iteration)  # enough for play
@@ -290,7 +289,7 @@ def main() -> None:
                 drawn = (side[index] for side in segments)
                 likelihood = preference_log_likelihood(reward, *drawn, args.preference_temperature)
                 objective += args.preference_weight * likelihood
-            points = between(data_steps, rollouts[0], PENALTY_POINTS, rng)  # D (else P) to τ'
+            points = between(data_steps, rollouts[0], PENALTY_POINTS, rng)  # D (α = 0: P) to τ'
             objective -= args.gradient_penalty * slope_penalty(reward, points)
             reward_optimizer.zero_grad()
             (-objective).backward()  # Adam descends
@@ -303,6 +302,7 @@ def main() -> None:
         row = dict(zip(counts, (iteration, step, env_steps))) | dict(zip(LOSSES, losses.tolist()))
         row |= reward_metrics(reward, data, reward.features(*fresh[:2]), segments, args)
         row["charts/SPS"] = (step - first_step) / (time.perf_counter() - started)
+        row["charts/fall_rate"] = fall_rate
         if iteration % args.eval_every == 0 or finished:
             row |= evaluate(env, averaged.module, args.eval_episodes, reward)
             bar.set_postfix_str(f"true return {row['eval/return_mean']:.0f}")

@@ -7,7 +7,7 @@ al., arXiv 2406.06874: Sections 3.1, 6.1 and 6.2. Equation numbers are the paper
     python rlhf_baseline.py llm
 
 Each learns from the data of aihf_sac_mujoco.py or aihf_ppo_llm.py, with the same networks and as
-many steps of SAC (17 to 39 minutes) or PPO (7), writes runs/<run_name>/ and prints the true return
+many steps of SAC (17 to 37 minutes) or PPO (7), writes runs/<run_name>/ and prints the true return
 or the ground-truth score, which nothing else reads. torchrun shards language models (FSDP2).
 
 To be a strong baseline (benchmark/tuning/rlhf.md) it differs from the paper in r's bounds, averaged
@@ -214,7 +214,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         pair_split = hold_out(len(pairs), args.held_out_share, rng)
 
         actor = Actor(obs_dim, act_dim, args.hidden).to(device)
-        # Evaluated: averaged weights, to 65 % the last tenth of those kept (Shamir and Zhang 2013)
+        # Evaluated: averaged weights; the last tenth counts for 65 % (Shamir and Zhang 2013)
         averaged = AveragedModel(actor, avg_fn=lambda a, b, n: a.lerp(b, 10 / (10 + n)))
         critics = Critics(obs_dim, act_dim, args.hidden).to(device)
         sac = init_sac(actor, critics, args.kl_coefficient or 0.05)  # 0.05: where AIHF's β ends
@@ -239,9 +239,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             if state["data_hash"] != data_hash:
                 raise ValueError(f"the run learned from other data than {data_dir} now holds")
             read.check_steps(len(state["replay"]), args, "total_timesteps")
-            not_learned = args.kl_coefficient or not state["sac"]["beta_square"]["log"]
-            fixed = {"beta": sac["beta"]} if not_learned else {}  # as in a new run
-            tree_map(Tensor.copy_, sac, state["sac"] | fixed)
+            tree_map(Tensor.copy_, sac, state["sac"])
             averaged.load_state_dict(state["averaged"])
             reward.load_state_dict(state["reward"])
             replay[demo_steps : demo_steps + len(state["replay"])] = state["replay"]
@@ -253,11 +251,14 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         for side in zip(*pairs)
     ]
     iteration, step = (log[-1][count] for count in counts[:2]) if log else (0, 0)
+    last_step = 0 if args.evaluate else args.total_timesteps
+    if args.compile and step < last_step:
+        update = compile_update(update, sac, obs_dim, act_dim, args.batch_size)
+    started = time.perf_counter() - (log[-1]["charts/wall_seconds"] if log else 0)
 
-    def record(row: dict, started: float, save: bool = True) -> None:
-        """A row of metrics.csv, and a checkpoint."""
-        seconds = time.perf_counter() - started + (log[-1]["charts/wall_seconds"] if log else 0)
-        log.append(dict(zip(counts, (iteration, step, step, seconds))) | row)  # env steps: SAC's
+    def record(row: dict, save: bool = True) -> None:
+        """A row of metrics.csv, and a checkpoint. Only SAC takes steps in the environment."""
+        log.append(dict(zip(counts, (iteration, step, step, time.perf_counter() - started))) | row)
         read.write_csv(run_dir / "metrics.csv", log)
         track(log[-1], step=step or len(log) - 1)  # stages 1 and 2 have steps of their own
         if save:
@@ -269,7 +270,6 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
 
     # =============================== 1. BEHAVIOUR CLONING: π⁰ = argmax_π Σ log π(a|s) over τ ~ D
     if not log:
-        started = time.perf_counter()
         obs, actions = (torch.from_numpy(array).to(device) for array in demos[:2])
         std, mean = torch.std_mean(obs, 0)
         std = torch.where(std < 1e-3, 1.0, std)  # 1 for a constant
@@ -291,11 +291,10 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         row |= evaluate(env, averaged.module, args.eval_episodes, reward)
         del row["eval/reward_correlation"]  # there is no reward yet
         print(f"cloned policy: true return {row['eval/return_mean']:.0f}")
-        record(row, started)
+        record(row)
 
     # =================== 2. REWARD MODEL: θ = argmax_θ L2(θ), (11), over preferences, kept smooth
     if len(log) == 1 and not args.evaluate:
-        started = time.perf_counter()
         steps = [side[pair_split[0]].flatten(0, 1) for side in segments]
 
         def preference_loss(pairs) -> Tensor:
@@ -309,21 +308,16 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         kept, loss = fit(reward, preference_loss, penalty, pair_split, *schedule, args.anneal, rng)
         row = {"reward/updates": kept, "reward/held_out_loss": loss}
         with torch.no_grad():
-            row["reward/preference_loss"] = preference_loss(pair_split[0]).item()
-            right = (reward(segments[0]) - reward(segments[1])).sum(-1) > 0
-        for name, part in zip(("preference", "held_out"), pair_split):
-            row[f"reward/{name}_accuracy"] = right[part].double().mean().item()
+            preferred, other = (reward(side[pair_split[1]]).sum(-1) for side in segments)
+        row["reward/held_out_accuracy"] = (preferred > other).double().mean().item()
         print(f"reward model: {row['reward/held_out_accuracy']:.0%} of held-out pairs in order")
-        record(row, started)
+        record(row)
 
     # =========================== 3. RL: π = argmax_π E[R] - β KL(π ‖ π⁰), (4) with θ frozen, by SAC
-    last_step = 0 if args.evaluate else args.total_timesteps
-    if args.compile and step < last_step:
-        update = compile_update(update, sac, obs_dim, act_dim, args.batch_size)
     bar = tqdm(total=last_step, initial=step, desc=args.env, unit="step", disable=last_step == 0)
 
     while step < last_step:
-        started, first_step = time.perf_counter(), step
+        first_step = step
         share_left = 1 - step / args.total_timesteps if args.anneal else 1.0
         learning_rate = torch.tensor(args.learning_rate * share_left, device=device)
         before = tree_map(Tensor.clone, averaged.state_dict())
@@ -349,19 +343,19 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             averaged.update_parameters(actor)
             read.check_finite(step, run_dir, rewards=rewards, sac_losses=losses, **sac["actor"])
             bar.update(block)
-        ends = [*(row["charts/sac_steps"] for row in log[1:][-10:]), step]  # of ten iterations
-        falls = [replay[demo_steps + i : demo_steps + j, -1].mean() for i, j in zip(ends, ends[1:])]
-        if before["n_averaged"] and falls[-1] > min(falls):  # more often than the best: left out
-            averaged.load_state_dict(before)
+        fall_rate = float(replay[demo_steps + first_step : demo_steps + step, -1].mean())  # a step
+        fewest = min(row.get("charts/fall_rate", 1.0) for row in log[-9:])  # of the nine before
+        if fall_rate > fewest and before["n_averaged"] and args.reward_range[1] > 0:
+            averaged.load_state_dict(before)  # left out: it fell more often than the best of ten
 
         # =========================================================== LOG, EVALUATE and CHECKPOINT
         iteration, finished = iteration + 1, step >= last_step
         row = dict(zip(LOSSES, losses.tolist()))
-        row["charts/SPS"] = (step - first_step) / (time.perf_counter() - started)
+        row["charts/fall_rate"] = fall_rate
         if iteration % args.eval_every == 0 or finished:
             row |= evaluate(env, averaged.module, args.eval_episodes, reward)
             bar.set_postfix_str(f"true return {row['eval/return_mean']:.0f}")
-        record(row, started, save=iteration % args.checkpoint_every == 0 or finished)
+        record(row, save=iteration % args.checkpoint_every == 0 or finished)
     bar.close()
     mean, std, *_ = evaluate(env, averaged.module, args.eval_episodes, reward).values()
     print(f"final true return {mean:.0f} ± {std:.0f}; python benchmark/plot.py {run_dir} draws it")
@@ -622,7 +616,7 @@ class LlmArgs:
     track: bool = False  # log to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY ...)
 
 
-PRESETS = {  # the paper's models, Table 2, where it is silent ours; the user's own flags win
+PRESETS = {  # the paper's models and Table 2, else our guess; the user's own flags win
     "imdb": """--model-name-or-path gpt2 --ground-truth-path lvwerra/distilbert-imdb
         --num-demonstrations 0 --num-preferences 0 --sft-learning-rate 1e-5
         --reward-learning-rate 1e-5 --reward-batch-size 128 --kl-coefficient 0.05
@@ -728,7 +722,6 @@ def llm(args: LlmArgs, state: dict) -> None:
         prompt_ids, n = policy.texts.prompts(prompts, args.prompts), args.eval_prompts
         if len(prompts) <= n:
             raise ValueError(f"{args.prompts} has too few rows for --eval-prompts {n}")
-        train_prompts, train_ids = prompts[:-n], prompt_ids[:-n]
         data_hash = read.fingerprint(demos, pairs, prompts, [n], *base.state_dict().values())
         if state and state["data_hash"] != data_hash:
             raise ValueError("the run had other data, another model, or other --eval-prompts")
@@ -756,11 +749,12 @@ def llm(args: LlmArgs, state: dict) -> None:
     if args.evaluate:
         return evaluation(log[-1]["charts/step"])
 
-    def record(step: int, row: dict, started: float, save: bool = True) -> None:
+    started = time.perf_counter() - (log[-1]["charts/wall_seconds"] if log else 0)
+
+    def record(step: int, row: dict, save: bool = True) -> None:
         """A row of metrics.csv, and a checkpoint."""
-        seconds = time.perf_counter() - started + (log[-1]["charts/wall_seconds"] if log else 0)
-        counts = {"charts/stage": stage, "charts/step": step, "charts/wall_seconds": seconds}
-        log.append(counts | row)
+        counts = {"charts/stage": stage, "charts/step": step}
+        log.append(counts | {"charts/wall_seconds": time.perf_counter() - started} | row)
         track(log[-1], step=len(log) - 1)
         if save:
             state = {"script": f"{SCRIPT} llm", "args": asdict(args), "data_hash": data_hash}
@@ -774,18 +768,16 @@ def llm(args: LlmArgs, state: dict) -> None:
         """Adam on the losses of batches of rows over their lengths. The module ends with those of
         its parameters, looked at some ten times, whose loss on the rows held out is lowest."""
         (train, held_out), optimizer = (part.tolist() for part in split), optimizers[name]
-        steps = max(1, math.ceil(epochs * len(train) / size))
-        started, train_losses = time.perf_counter(), []
+        steps, train_losses = math.ceil(epochs * len(train) / size), []
         for step in tqdm(range(first_step, steps), f"{stage}. {name}", disable=not read.writes()):
             share_left = 1 - step / steps if args.anneal else 1.0
-            optimizer.param_groups[0]["lr"] = learning_rate * share_left
             batch = [train[i] for i in read.draw(len(train), size, step, (args.seed, stage))]
             drawn, length, loss = [rows[i] for i in share(batch)], sum(lengths[i] for i in batch), 0
             for part in read.parts(0, len(drawn), args.micro_batch_size):
                 its_loss = losses(module, drawn[part])[:, 0].sum() / length
                 its_loss.backward()
                 loss += its_loss.detach()
-            descend(module, optimizer, args, step, run_dir, loss)
+            descend(optimizer, learning_rate * share_left, args, step, run_dir, loss)
             train_losses.append(total(loss).item())
             if (step + 1) % max(1, steps // 10) == 0 or step + 1 == steps:
                 columns = in_parts(partial(losses, module), args, [rows[i] for i in held_out])
@@ -795,8 +787,8 @@ def llm(args: LlmArgs, state: dict) -> None:
                 if means[0] < min(before, default=math.inf):
                     best.load_state_dict(module.state_dict())
                 row = {f"{name}/held_out_{key}": mean for key, mean in zip(HELD_OUT, means)}
-                record(step + 1, row | {f"{name}/loss": np.mean(train_losses).item()}, started)
-                started, train_losses = time.perf_counter(), []
+                record(step + 1, row | {f"{name}/loss": np.mean(train_losses).item()})
+                train_losses = []
         module.load_state_dict(best.state_dict())
         optimizer.state.clear()  # of no more use
 
@@ -818,30 +810,23 @@ def llm(args: LlmArgs, state: dict) -> None:
             save_model(reward.model, reward.tokenizer, run_dir / "reward")
         stage, first_step = 3, 0
 
-        started = time.perf_counter()
         if demos:  # R is free up to a constant: let demonstrations be worth 0 on average
             responses = policy.texts.decode(demo_prompt_ids, completions)
             texts = [prompt + y for (prompt, _), y in zip(demos, responses)]
             reward.offset += in_parts(reward.score, args, texts).mean()
         if critic_from_reward:
             value.load_state_dict(reward.state_dict())  # the critic begins as the reward
-        record(0, evaluation(0), started, save=False)
+        record(0, evaluation(0), save=False)
 
     # ==================== 3. RL: π = argmax_π E[R] - β KL(π ‖ π_SFT), (4) with θ frozen, by PPO
-    rates = {"policy": args.learning_rate, "value": args.value_learning_rate}
-
     for step in tqdm(range(first_step, args.ppo_steps), "3. PPO", disable=not read.writes()):
-        started = time.perf_counter()
         share_left = 1 - step / args.ppo_steps if args.anneal else 1.0
-        for name, rate in rates.items():
-            optimizers[name].param_groups[0]["lr"] = rate * share_left
 
         # =========================================================================== SAMPLE: y ~ π
-        indices = read.draw(len(train_ids), args.batch_size, step, (args.seed, 3))
-        asked = [train_ids[i] for i in indices]
+        indices = read.draw(len(prompts) - n, args.batch_size, step, (args.seed, 3))
         rng = np.random.default_rng([args.seed, 4, step])
-        ids, mask, alive, ended, responses = policy.sample(asked, rng)
-        texts = [train_prompts[i] + response for i, response in zip(indices, responses)]
+        ids, mask, alive, ended, responses = policy.sample([prompt_ids[i] for i in indices], rng)
+        texts = [prompts[i] + response for i, response in zip(indices, responses)]
         length, scores = alive.shape[1], in_parts(reward.score, args, share(texts))
         old_log_probs = in_parts(policy.log_probs, args, ids, mask, alive)
         log_ratio = old_log_probs - in_parts(reference.log_probs, args, ids, mask, alive)
@@ -854,21 +839,21 @@ def llm(args: LlmArgs, state: dict) -> None:
         statistics = []  # of each minibatch: policy and value loss, approximate KL, share clipped
         minibatches = read.parts(0, len(ids), args.minibatch_size // processes)  # drawn at random
         for minibatch in minibatches * args.ppo_epochs:
-            weights = alive / total(alive[minibatch].sum())
+            token_weights = alive / total(alive[minibatch].sum())
             sums = torch.zeros(4, device=device)
             for part in read.parts(minibatch.start, minibatch.stop, args.micro_batch_size):
                 log_probs = policy.log_probs(ids[part], mask[part], alive[part])
                 old, advantage = old_log_probs[part], advantages[part]
                 losses, ratio = policy_losses(log_probs, old, advantage, args.clip)
-                (losses * weights[part]).sum().backward()
+                (losses * token_weights[part]).sum().backward()
                 values = value(ids[part], mask[part])[:, -length - 1 : -1]
                 errors = 0.5 * (values - returns[part]) ** 2
-                (errors * weights[part]).sum().backward()
+                (errors * token_weights[part]).sum().backward()
                 columns = losses, errors, (log_probs - old) ** 2 / 2, (ratio - 1).abs() > args.clip
-                sums += torch.stack([(x * weights[part]).sum().detach() for x in columns])
+                sums += torch.stack([(x * token_weights[part]).sum().detach() for x in columns])
             statistics.append(total(sums))
-            for name in rates:
-                descend(learned[name], optimizers[name], args, step, run_dir, sums)
+            for name, rate in (("policy", args.learning_rate), ("value", args.value_learning_rate)):
+                descend(optimizers[name], rate * share_left, args, step, run_dir, sums)
 
         # ========================================================= LOG, EVALUATE and CHECKPOINT
         names = ("losses/policy", "losses/value", "losses/approx_kl", "losses/clip_fraction")
@@ -880,7 +865,7 @@ def llm(args: LlmArgs, state: dict) -> None:
         finished = step + 1 == args.ppo_steps
         if (step + 1) % args.eval_every == 0 or finished:
             row |= evaluation(step + 1)
-        record(step + 1, row, started, save=(step + 1) % args.checkpoint_every == 0 or finished)
+        record(step + 1, row, save=(step + 1) % args.checkpoint_every == 0 or finished)
     save_model(policy.lm, policy.tokenizer, run_dir / "policy")  # if a run is killed here: --resume
     if read.writes():
         print(f"final: {read.summary(log[-1])}; python benchmark/plot.py {run_dir} draws it")
@@ -1029,10 +1014,11 @@ def in_parts(function, args: LlmArgs, *rows) -> Tensor:
     return torch.cat([function(*(x[part] for x in rows)) for part in parts])
 
 
-def descend(module, optimizer, args: LlmArgs, step: int, run_dir: Path, loss: Tensor) -> None:
+def descend(optimizer, learning_rate: float, args: LlmArgs, step: int, run_dir: Path, loss: Tensor):
     """A step along gradients cut to max_grad_norm; the run stops where they are not finite."""
-    norm = nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm)
+    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
     read.check_finite(step, run_dir, loss=loss, gradient=norm)
+    optimizer.param_groups[0]["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad()
 

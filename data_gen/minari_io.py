@@ -64,17 +64,8 @@ def find_dataset(dataset_id: str) -> tuple[Path, Path]:
     return get_dataset_path(), get_dataset_path(dataset_id)
 
 
-def check_space(space: gym.Space, width: int | None, source: str) -> None:
-    vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f"
-    if not vector or width not in (None, space.shape[0]):
-        wanted = f"float vectors{'' if width is None else f' of width {width}'}"
-        raise ValueError(f"{source} are {space}, not {wanted}")
-
-
 def as_stored(arrays: dict[str, np.ndarray], source) -> dict[str, np.ndarray]:
     """The arrays as an episode file stores them. ValueError if they are not those of one."""
-    if "rewards" not in arrays:
-        raise ValueError(f"{source} has no array rewards, which Minari needs")
     read.check_episodes(arrays, source)
     flags = ("terminations", "truncations")
     return {key: arrays[key].astype(bool if key in flags else np.float32) for key in ARRAYS}
@@ -94,14 +85,15 @@ def to_minari(npz: Path, dataset_id: str, env_id: str) -> str:
         raise ValueError(f"{dataset_id} is there already; see --dataset-id and `minari delete`")
     try:
         with np.load(npz, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in ARRAYS if key in file}
-    except Exception as error:  # a damaged file raises almost anything
+            arrays = {key: file[key] for key in ARRAYS}
+    except Exception as error:  # no such array, almost anything on a damaged file
         raise ValueError(f"cannot read {npz} ({read.one_line(error)})") from None
     arrays = as_stored(arrays, npz)
     gym.logger.min_level = gym.logger.ERROR  # v4 is called out of date at every make
     env = gym.make(env_id)
     for key, space in (("observations", env.observation_space), ("actions", env.action_space)):
-        check_space(space, arrays[key].shape[1], f"{key} of {env_id}")
+        if space.shape != arrays[key].shape[1:]:
+            raise ValueError(f"{key} of {env_id} are {space}, not those of {npz}")
 
     episodes, start = [], 0
     for end in np.flatnonzero(arrays["terminations"] | arrays["truncations"]) + 1:
@@ -129,19 +121,15 @@ def from_minari(dataset_id: str, npz: Path, episodes: int = 0) -> str:
     ValueError on a dataset that is missing, damaged, empty or not of float vectors, and on an
     episode that has not T + 1 observations, an end flag on its last step alone, finite values.
     """
-    _, path = find_dataset(dataset_id)
+    find_dataset(dataset_id)
     import minari
 
     if episodes < 0:
         raise ValueError(f"--episodes must not be negative, not {episodes}; 0 takes all")
     if npz.is_dir():
         raise ValueError(f"cannot write {npz}: it is a folder")
-    if not (path / "data").exists():
-        raise ValueError(f"no dataset {dataset_id} here; see `minari list local` and `download`")
     try:
         dataset = minari.load_dataset(dataset_id)
-        check_space(dataset.observation_space, None, "observations")
-        check_space(dataset.action_space, None, "actions")
         played = list(dataset.iterate_episodes(dataset.episode_indices[: episodes or None]))
     except Exception as error:  # h5py, json and Minari's assertions raise almost anything
         raise ValueError(f"cannot convert {dataset_id} ({read.one_line(error)})") from None

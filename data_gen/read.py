@@ -82,8 +82,8 @@ def check_finite(step: int, run_dir: Path, **tensors) -> None:
 
 
 # -------------------------------------------------------------------------------- run folders
-# Flags that --resume cannot change
-FIXED = "seed run_name runs_dir held_out_share sft_model_path reward_model_path".split()
+FIXED = """seed run_name runs_dir held_out_share sft_model_path reward_model_path
+    entropy_coefficient kl_coefficient""".split()  # flags that --resume cannot change
 
 
 def writes() -> bool:
@@ -255,8 +255,6 @@ def check_episodes(arrays: dict[str, np.ndarray], source) -> np.ndarray:
     """Raises ValueError, naming source, unless the arrays are those of an episode file (E episodes
     of N steps in all): observations (N + E, obs_dim), actions (N, act_dim), and terminations,
     truncations and, if any, rewards (N,). Returns the episodes' lengths (E,)."""
-    if missing := [name for name in EPISODE_ARRAYS if name not in arrays]:
-        raise ValueError(f"{source} has no array {', '.join(missing)}; it has {', '.join(arrays)}")
     for name, array in arrays.items():
         axes, is_flag = 1 + (name in EPISODE_ARRAYS[:2]), name in EPISODE_ARRAYS[2:]
         if array.dtype.kind not in "fiub" or array.ndim != axes:
@@ -266,27 +264,24 @@ def check_episodes(arrays: dict[str, np.ndarray], source) -> np.ndarray:
         if wrong.any():
             what = "neither 0 nor 1" if is_flag else "not finite, or huge"
             raise ValueError(f"{source}: {name} is {what} in row {np.argwhere(wrong)[0, 0]}")
-    sizes = {name: len(array) for name, array in arrays.items()}
-    found, steps = sizes.pop("observations"), sizes["actions"]
-    if steps == 0 or {*sizes.values()} != {steps}:
-        raise ValueError(f"{source} is empty, or its arrays are of different lengths: {sizes}")
-    ends = np.flatnonzero(arrays["terminations"].astype(int) + arrays["truncations"])
-    if ends.max(initial=-1) != steps - 1 or found != steps + len(ends):
-        need = f"need {steps + len(ends)} observations (of {found}) and an end at the last step"
-        raise ValueError(f"{source}: {steps} steps and {len(ends)} ends {need}")
+    ends = np.union1d(*(np.flatnonzero(arrays[name]) for name in EPISODE_ARRAYS[2:]))
+    rows, steps = {name: len(array) for name, array in arrays.items()}, len(arrays["actions"])
+    wanted = dict.fromkeys(rows, steps) | {"observations": steps + len(ends)}
+    if steps == 0 or rows != wanted or ends.max(initial=-1) != steps - 1:
+        need = f"{steps + len(ends)} observations, {steps} of the others, an end at the last step"
+        raise ValueError(f"{source}: rows {rows} with {len(ends)} ends need {need}")
     return np.diff(ends, prepend=-1)
 
 
 def episodes(path: Path, env) -> Episodes:
     """Read an episode file of a robot, a gymnasium environment, whose actions are brought to
     [-1, 1]. Its `rewards`, the true ones, are never touched."""
-    if not path.is_file():
-        raise ValueError(f"no data at {path}; see data_gen/README.md, data_gen/mujoco_data.py")
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in EPISODE_ARRAYS if name in file}
-    except Exception as error:  # a damaged file raises almost anything
-        raise ValueError(f"cannot read {path} ({one_line(error)})") from None
+            arrays = {name: file[name] for name in EPISODE_ARRAYS}
+    except Exception as error:  # no file, no such array, almost anything on a damaged file
+        advice = "data_gen/README.md has the format, and how to make it"
+        raise ValueError(f"cannot read {path} ({one_line(error)}): {advice}") from None
     lengths, low = check_episodes(arrays, path), env.unwrapped.action_space.low
     obs, actions, fell = (arrays[name].astype(np.float32) for name in EPISODE_ARRAYS[:3])
     if (obs.shape[1:], actions.shape[1:]) != (env.observation_space.shape, low.shape):
@@ -335,14 +330,11 @@ def rows(name: str, columns: str, count: int = 0, split: str = "train", unchecke
     a data set of the hub."""
     columns, unchecked = columns.split(), unchecked.split()
     path = Path(name)  # rather than a hub id, which is `name` or `owner/name`
-    is_local = path.exists() or name[:1] in "./~" or name.count("/") > 1 or ".json" in name
     if path.is_dir():
         path = path / f"{split}.jsonl"
         path = path if path.is_file() else path.with_suffix(".jsonl.gz")
-    if is_local and not path.is_file():
-        raise ValueError(f"there is no {path}")
     try:
-        if path.is_file():
+        if path.is_file() or ".json" in path.name:
             opener = gzip.open if path.suffix == ".gz" else open
             with opener(path, "rt", encoding="utf-8-sig") as file:
                 rows = [json.loads(line) for line in file if line.strip()]
@@ -351,7 +343,7 @@ def rows(name: str, columns: str, count: int = 0, split: str = "train", unchecke
 
             rows = list(load_dataset(name, split=split))
     except ImportError as error:
-        hub = f"for the hub, pip install -e '.[hub]' ({one_line(error)})"
+        hub = f"for the hub's, pip install -e '.[hub]' ({one_line(error)})"
         raise ValueError(f"no file {name}; {hub}") from None
     except Exception as error:  # no JSON, no UTF-8, half a .gz; the network, the hub, the cache
         raise ValueError(f"cannot read {path} ({one_line(error)})") from None

@@ -1,10 +1,12 @@
 """A slow reference in float64 of what the robots' two scripts share: SAC from modules, autograd and
-torch.optim; the reward; Drift and its data, step by step. The trainings are spelled out in the
-tests."""
+torch.optim, and an iteration of it; the reward; Drift and its data, step by step. The trainings are
+spelled out in the tests, which a recorder of a script's run helps."""
 
 import copy
 import csv
+import itertools
 import math
+import types
 from pathlib import Path
 
 import gymnasium as gym
@@ -182,14 +184,41 @@ def pairs(folder: Path, tiers, features, length: int):
     return found
 
 
-def falls_more_often(replay, first, steps_per_iteration):
-    """Whether a greater share of the steps from number `first` on ended in a fall than of those of
-    one of the nine iterations before."""
-    falls = [int(row[8]) for row in replay]
-    starts = [i for i in range(0, first, steps_per_iteration)][-9:]
-    before = (sum(falls[i : i + steps_per_iteration]) for i in starts)
-    now, length = sum(falls[first:]), len(falls) - first
-    return any(now * steps_per_iteration > count * length for count in before)
+def iterate(a, sac, r, rng, replay, known, policies, block):
+    """An iteration of SAC: the losses of its last update. Its transitions are appended to the
+    replay, whose first `known` are demonstrated, a copy of the policy after each block to policies.
+    Copies other than the first ever are dropped again if a greater share of its steps ended in a
+    fall than in one of the nine iterations before."""
+    robot, kept, losses = Robot(), len(policies), torch.full((6,), math.nan)
+    obs, first = robot.reset(seed=int(rng.integers(2**31))), len(replay) - known
+    rate = a.learning_rate * (1 - first / a.total_timesteps if a.anneal else 1)
+    step, end = first, min(first + a.policy_steps_per_iteration, a.total_timesteps)
+    while step < end:  # environment steps, then as many updates
+        count = min(block, end - step)
+        for _ in range(count):
+            if step < getattr(a, "learning_starts", 0):
+                action = rng.uniform(-1, 1, 2)
+            else:
+                action = act(sac.actor, obs, rng.standard_normal(2, np.float32))
+            next_obs, _, terminated, truncated = robot.step(action)
+            replay.append([*obs, *action, *next_obs, float(terminated)])
+            obs = robot.reset() if terminated or truncated else next_obs
+            step += 1
+        if step >= getattr(a, "learning_starts", 0):
+            index = rng.integers(known + step, size=(count, a.batch_size))
+            noise = rng.standard_normal((count, 2, a.batch_size, 2), np.float32)
+            for one, its_noise in zip(index, torch.from_numpy(noise).double()):
+                batch = torch.tensor([replay[i] for i in one]).double()
+                s, action, next_s, ended = batch.split([3, 2, 3, 1], -1)
+                with torch.no_grad():
+                    rewards = r(r.features(s, action))
+                losses = sac.update(rate, s, action, rewards, next_s, ended[:, 0], its_noise)
+            policies.append(copy.deepcopy(sac.actor))
+    falls, size = [row[8] for row in replay[known:]], a.policy_steps_per_iteration
+    before = [sum(falls[i : i + size]) / size for i in range(0, first, size)]
+    if kept and any(sum(falls[first:]) / (step - first) > share for share in before[-9:]):
+        del policies[kept:]
+    return losses
 
 
 class Reward:
@@ -219,3 +248,28 @@ def scores(player, r, count):
     row["eval/length_mean"] = sum(map(len, true)) / count
     correlation = np.corrcoef(np.concatenate(learned), np.concatenate(true))[0, 1]
     return row | {"eval/reward_correlation": correlation}
+
+
+SCALE = 2.5  # of a reward's first weights, so that the penalty on slopes above 1 is at work
+
+
+def record(monkeypatch, script) -> list[dict]:
+    """From here on a script's rewards begin so, two seconds go by before each look at the clock,
+    and the list gets its checkpoints."""
+    states, save, make_reward, clock = [], torch.save, script.Reward, itertools.count(0, 2)
+
+    def scaled_reward(*arguments):
+        reward = make_reward(*arguments)
+        for p in reward.parameters():
+            p.data *= SCALE
+        return reward
+
+    def recording_save(state, path):
+        states.append(copy.deepcopy(state))
+        save(state, path)
+
+    fake_time = types.SimpleNamespace(perf_counter=clock.__next__, time_ns=lambda: 0)
+    monkeypatch.setattr(script, "Reward", scaled_reward)
+    monkeypatch.setattr(script, "time", fake_time)
+    monkeypatch.setattr(torch, "save", recording_save)
+    return states

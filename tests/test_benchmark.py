@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, assert_one_line_error, read_csv, run_script
+from helpers import ROOT, assert_one_line_error, read_csv, read_rows, run_script, write_rows
 
 pytest.importorskip("matplotlib")
 HOPPER = ROOT / "data_gen/assets/mujoco/Hopper-v4"
@@ -232,9 +232,9 @@ def test_language_models_win_rate_is_over_sft(tmp_path):
         run = write_run(tmp_path / f"llm__{method}__1000__1000__1", evaluations, **args)
         for name, scores in (("samples", (1, 2, 3, 0)), ("samples_sft", (0, 2, 4, -1))):
             texts = [{"prompt": f"p{i}", "response": "a  b"} for i in range(4)]
-            lines = [json.dumps({**row, "gt_score": s}) for row, s in zip(texts, scores)]
             if (method, name) != ("dpo", "samples_sft"):
-                (run / f"{name}.jsonl").write_text("\n".join(lines))
+                lines = [{**row, "gt_score": s} for row, s in zip(texts, scores)]
+                write_rows(run / f"{name}.jsonl", lines)
     rows, scores = llm.collect(tmp_path)
     of = {(row["method"], row["policy_steps"]): row["win_rate"] for row in rows}
     assert of == {
@@ -260,13 +260,13 @@ def test_hh_in_parts(tmp_path, monkeypatch):
 
     dialogues = [f"\n\nHuman: q{i}\n\nAssistant:" for i in range(9)]
     rows = [{"chosen": f"{x} yes{i}", "rejected": f"{x} no"} for i, x in enumerate(dialogues)]
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "test.jsonl", rows)
     argv = (
         f"hh_parts.py --data {tmp_path} --judge 3 --policies 4 --test 2 --output-dir {tmp_path}/x"
     )
     monkeypatch.setattr(sys, "argv", argv.split())
     hh_parts.main()
-    found = {path.stem: rows_of(path) for path in (tmp_path / "x").iterdir()}
+    found = {path.stem: read_rows(path) for path in (tmp_path / "x").iterdir()}
     prompts = {name: [row["prompt"] for row in found[name]] for name in ("judge", "full", "test")}
     assert prompts == {"judge": dialogues[:3], "full": dialogues[3:7], "test": dialogues[7:]}
     assert found["policies"] == rows[3:7] and found["full"][1]["completion"] == " yes4"
@@ -278,10 +278,6 @@ def test_hh_in_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", argv.replace("--test 2", "--test 3").split())
     with pytest.raises(SystemExit, match="2"):
         hh_parts.main()
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_hh_runs_become_a_table(tmp_path):
@@ -300,7 +296,7 @@ def test_hh_runs_become_a_table(tmp_path):
             texts = [
                 {"prompt": f"p{i}", "response": "x", "gt_score": s} for i, s in enumerate(scores)
             ]
-            (run / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+            write_rows(run / f"{file}.jsonl", texts)
     rows, scores = hh.collect(tmp_path)
     assert len(rows) == 8 and len(scores) == 20 and "response" not in scores[0]
     lines = [
@@ -333,7 +329,7 @@ def test_flipped_texts(tmp_path, monkeypatch):
     argv = ["llm_data.py", "--preferences", str(given), "--flip", "1", "--output", str(found)]
     monkeypatch.setattr(sys, "argv", argv)
     llm_data.main()
-    before, after = (json.loads(next(open(path))) for path in (given, found))
+    before, after = (read_rows(path)[0] for path in (given, found))
     assert after == before | {"chosen": before["rejected"], "rejected": before["chosen"]}
 
 
@@ -390,7 +386,7 @@ def test_both_rewards_read_the_same_texts(tmp_path):
             rows = [
                 {"prompt": x, "response": "", "gt_score": sign * y} for x, y in zip(prompts, scores)
             ]
-            (run / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+            write_rows(run / f"{name}.jsonl", rows)
     rows = llm_rewards.collect(tmp_path, "smollm2")
     run_of_aihf, run_of_rlhf = sorted(rows, key=lambda row: row["reward"])
     assert not llm_rewards.collect(tmp_path)

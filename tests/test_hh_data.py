@@ -76,7 +76,7 @@ def make(files: Path, folder: Path, **flags) -> dict[str, list[dict]]:
     result = execute(files, folder, **flags)
     assert result[0] == 0, result
     paths = (folder / "out").glob("*.jsonl")
-    return {path.stem: [json.loads(line) for line in open(path)] for path in paths}
+    return {path.stem: helpers.read_rows(path) for path in paths}
 
 
 def score_alone(folder: Path, text: str, max_length: int) -> float:
@@ -224,25 +224,14 @@ def test_bad_inputs(tmp_path, files, flags, fragment):
 
 
 def test_bad_reward_models(tmp_path, files):
-    """A language model is refused: transformers would give it a random head. So are a head of
-    three outputs, a tokenizer larger than the model, one that leaves nothing of any text, and
-    scores that are no numbers."""
+    """A language model is refused: transformers would give it a random head. So are scores that
+    are no numbers. More of them: test_llm_run.py."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(files / "one")
     config = transformers.AutoConfig.from_pretrained(files / "one")
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "lm")
-    tokenizer.save_pretrained(tmp_path / "lm")
-    save_reward_model(tmp_path / "three", 3)
-    tokenizer.add_tokens(["soup"])
-    save_reward_model(tmp_path / "large", 1)
-    tokenizer.save_pretrained(tmp_path / "large")
-    save_reward_model(tmp_path / "mute", 1)
-    path = tmp_path / "mute" / "tokenizer.json"
-    nothing = {"type": "Replace", "pattern": {"Regex": r"[\s\S]"}, "content": ""}
-    helpers.change_json(path, normalizer=nothing)
-    wrong = {"lm": "head", "three": "head", "large": "tokenizer", "mute": "tokenizer"}
-    for name, fragment in wrong.items():
-        result = execute(files, tmp_path, reward_model=tmp_path / name)
-        helpers.assert_one_line_error(result, name, fragment)
+    for part in (transformers.GPT2LMHeadModel(config), tokenizer):
+        part.save_pretrained(tmp_path / "lm")
+    result = execute(files, tmp_path, reward_model=tmp_path / "lm")
+    helpers.assert_one_line_error(result, "lm", "head")
     assert not os.path.exists(tmp_path / "out")
     folder = save_reward_model(tmp_path / "nan", 1)
     helpers.change_json(folder / "config.json", layer_norm_epsilon=-1e9)

@@ -156,8 +156,8 @@ def test_both_end_flags_and_integer_rewards_convert(cli, tmp_path, store):
 
 # ------------------------------------------------------------------------- what must be refused
 BAD_FILES = {  # more of them in test_read.py
-    "missing arrays": ({"truncations": None, "actions": None}, "no array actions, truncations"),
-    "no rewards": ({"rewards": None}, "no array rewards"),
+    "missing arrays": ({"truncations": None, "actions": None}, "cannot read .*actions"),
+    "no rewards": ({"rewards": None}, "cannot read .*rewards"),
     "objects": ({"rewards": np.array([None] * 5)}, "cannot read .*Object arrays"),
     "a flag more": ({"terminations": flat()["terminations"] | [1, 0, 0, 0, 0]}, "3 ends need 8"),
 }
@@ -184,7 +184,7 @@ def test_no_file(content, refused, tmp_path):
         ("nowhere:Nowhere-v0", "nowhere"),
         ("CartPole-v1", "actions of CartPole-v1 are Discrete"),
         ("Blackjack-v1", "observations of Blackjack-v1 are Tuple"),
-        ("Hopper-v4", "observations of Hopper-v4 .* of width 4"),
+        ("Hopper-v4", "observations of Hopper-v4 .* not those of"),
     ],
 )
 def test_bad_environment(env, message, refused, tmp_path):
@@ -203,7 +203,7 @@ def test_bad_id(name, refused, tmp_path):
 
 def test_dataset_there_already_or_missing_and_negative_cap(refused, cli, tmp_path):
     np.savez(tmp_path / "a.npz", **flat())
-    refused(f"no dataset {ID}", "from-minari")
+    refused(f"cannot convert {ID}", "from-minari")
     assert cli("to-minari")[0] == 0
     refused(f"{ID} is there already", "to-minari")
     refused("--episodes must not be negative", "from-minari", episodes=-1)
@@ -225,7 +225,6 @@ def test_bad_episode(change, message, refused, store):
 SPACES = {
     "Dict": ("observation", gym.spaces.Dict({"x": BOX["action_space"]}), {"x": np.zeros((4, 1))}),
     "image": ("observation", gym.spaces.Box(0, 1, (2, 2)), np.zeros((4, 2, 2))),
-    "bytes": ("observation", gym.spaces.Box(0, 255, (4,), np.uint8), np.zeros((4, 4), np.uint8)),
     "Discrete": ("action", gym.spaces.Discrete(2), np.zeros(3, int)),
 }
 
@@ -234,7 +233,7 @@ SPACES = {
 def test_bad_space(kind, space, values, refused, store):
     spaces = {**BOX, f"{kind}_space": space}
     minari.create_dataset_from_buffers(ID, [episode(**{f"{kind}s": values})], **spaces)
-    refused(f"{kind}s are {type(space).__name__}.*, not float vectors", "from-minari")
+    refused(f"episode 0 of {ID}: {kind}s must be 2-D of real numbers", "from-minari")
 
 
 def test_empty_and_damaged_dataset(refused, store):

@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 import sys
-import types
 from pathlib import Path
 
 import helpers
@@ -306,7 +305,6 @@ LOOP = """--env helpers:Drift-v0 --seed 4 --total-timesteps 72 --policy-steps-pe
 --eval-episodes 3 --checkpoint-every 1 --demos-in-replay True --no-compile --no-cuda"""
 BLOCK, POINTS = 20, 50  # in the place of the script's constants
 TOLERANCE = 2e-5  # relative and absolute
-SCALE = 2.5  # of the reward's first weights, so that the penalty on slopes above 1 is at work
 
 
 def slow_aihf(a: aihf.Args, folder: Path):
@@ -316,13 +314,12 @@ def slow_aihf(a: aihf.Args, folder: Path):
     actor = slow.network(3, *a.hidden, 4)
     *critics, net = (slow.network(5, *a.hidden, 1) for _ in range(3))
     for p in net.parameters():
-        p.data *= SCALE
+        p.data *= slow.SCALE
     auto = a.entropy_coefficient is None
     beta = 1.0 if auto else a.entropy_coefficient
     sac = slow.SAC(actor, critics, beta, auto, a.gamma, a.tau)
     adam = torch.optim.Adam(net.parameters())
     rng, robot = np.random.default_rng(a.seed), slow.Robot()
-
     used = (["high"] if a.demo_weight else []) + (["medium", "low"] if a.preference_weight else [])
     tiers = {tier: slow.episodes(folder / f"{tier}.npz") for tier in used}
     r = slow.Reward(net, tiers, a.reward_range)
@@ -354,39 +351,8 @@ def slow_aihf(a: aihf.Args, folder: Path):
     known = len(replay)
     while step < a.total_timesteps:
         left = 1 - step / a.total_timesteps if a.anneal else 1
-        losses, row = torch.full((5,), math.nan).double(), {}
-        obs, averaged = robot.reset(seed=int(rng.integers(2**31))), len(policies_of_blocks)
-        end, first = min(step + a.policy_steps_per_iteration, a.total_timesteps), step
-        while step < end:  # LOWER LEVEL: environment steps, then as many updates
-            block = min(BLOCK, end - step)
-            for _ in range(block):
-                if step < a.learning_starts:
-                    action = rng.uniform(-1, 1, 2)
-                else:
-                    action = slow.act(actor, obs, rng.standard_normal(2, np.float32))
-                next_obs, _, terminated, truncated = robot.step(action)
-                replay.append([*obs, *action, *next_obs, terminated])
-                obs = robot.reset() if terminated or truncated else next_obs
-                step += 1
-            if step >= a.learning_starts:
-                index = rng.integers(known + step, size=(block, a.batch_size))
-                noise = rng.standard_normal((block, 2, a.batch_size, 2), np.float32)
-                for one, its_noise in zip(index, torch.from_numpy(noise).double()):
-                    batch = torch.tensor([replay[i] for i in one], dtype=torch.float64)
-                    s, action, next_s, ended = (
-                        batch[:, :3],
-                        batch[:, 3:5],
-                        batch[:, 5:8],
-                        batch[:, 8],
-                    )
-                    with torch.no_grad():
-                        rewards = r(features(s, action))
-                    rate = a.learning_rate * left
-                    losses = sac.update(rate, s, action, rewards, next_s, ended, its_noise)
-                policies_of_blocks.append(copy.deepcopy(actor))
-        often = slow.falls_more_often(replay[known:], first, a.policy_steps_per_iteration)
-        if averaged and often:
-            del policies_of_blocks[averaged:]
+        losses = slow.iterate(a, sac, r, rng, replay, known, policies_of_blocks, BLOCK)
+        first, step = step, len(replay) - known
 
         seeds = rng.integers(2**31, size=a.rollout_steps_per_iteration)  # SAMPLE
         fresh = []
@@ -426,8 +392,9 @@ def slow_aihf(a: aihf.Args, folder: Path):
 
         iteration, fresh_steps = iteration + 1, sum(len(episode[0]) for episode in fresh)  # LOG
         env_steps += step - first + fresh_steps
-        row |= {"charts/iteration": iteration, "charts/sac_steps": step}
-        row |= {"charts/env_steps": env_steps}
+        row = {"charts/iteration": iteration, "charts/sac_steps": step}
+        fell = [ended for *_, ended in replay[known:][first:]]
+        row |= {"charts/env_steps": env_steps, "charts/fall_rate": sum(fell) / len(fell)}
         row |= {"charts/SPS": (step - first) / 2, "charts/wall_seconds": 4.0 * iteration}
         names = "q policy entropy q_mean beta".split()
         row |= {f"losses/{name}": loss for name, loss in zip(names, losses)}
@@ -482,30 +449,19 @@ KEPT = ("sac", "averaged", "reward", "replay", "recent")
 
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
 def test_loop_equals_a_slow_reference(tmp_path, data, monkeypatch, changes):
-    """Checkpoint, metrics and random numbers after each iteration. float32 against float64."""
-    if not changes:  # demonstrations that end in falls
-        data = helpers.falling_data(tmp_path)
-    flags = [*LOOP.split(), *changes.split(), "--data-dir", data]
+    """Checkpoint, metrics and random numbers after each iteration. float32 against float64. What
+    has weight 0 needs no data."""
+    flags = [*LOOP.split(), *changes.split(), "--data-dir", tmp_path / "data"]
     args = tyro.cli(aihf.Args, args=[str(flag) for flag in flags])
-    states, save, make_reward, clock = [], torch.save, aihf.Reward, iter(range(0, 2000, 2))
-
-    def scaled_reward(*arguments):
-        reward = make_reward(*arguments)
-        for p in reward.parameters():
-            p.data *= SCALE
-        return reward
-
-    def recording_save(state, path):
-        states.append(copy.deepcopy(state))
-        save(state, path)
-
-    fake_time = types.SimpleNamespace(perf_counter=lambda: next(clock), time_ns=lambda: 0)
+    data = helpers.falling_data(tmp_path) if not changes else data  # of demonstrations that fall
+    data = shutil.copytree(data, tmp_path / "data")
+    unused = ["high.npz"] * (not args.demo_weight)
+    for name in unused + ["low.npz", "medium.npz", "pairs.csv"] * (not args.preference_weight):
+        (data / name).unlink()
     assert (aihf.BLOCK, aihf.PENALTY_POINTS) == (50, 500)
     monkeypatch.setattr(aihf, "BLOCK", BLOCK)
     monkeypatch.setattr(aihf, "PENALTY_POINTS", POINTS)
-    monkeypatch.setattr(aihf, "Reward", scaled_reward)
-    monkeypatch.setattr(aihf, "time", fake_time)
-    monkeypatch.setattr(torch, "save", recording_save)
+    states = slow.record(monkeypatch, aihf)
     code, out, err = run_script(aihf, flags, tmp_path)
     total = args.total_timesteps
     assert code == 0 and f"{total}/{total}" in err and "true return" in err, err
