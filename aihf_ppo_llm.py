@@ -255,7 +255,7 @@ def main() -> None:
         if steps_since_reward == 0:  # the reward first (Algorithm 1: the policy): R starts random
             # ================ SAMPLE: τ ~ D, τ' ~ π_k and earlier ones, (τ_l ≺ τ_w) ~ P
             size = args.reward_updates_per_iteration * args.reward_batch_size  # of all updates
-            indices = read.draw(len(demos), size, k, (args.seed, 1))  # 1 to 6: a stream for a use
+            indices = read.draw(len(demos), size, k, (args.seed, 1))  # 1 to 6: streams of their own
             asked = [demo_prompt_ids[i] for i in indices]
             rng, responses = np.random.default_rng([args.seed, 3, k]), []
             for part in read.parts(0, size, args.eval_prompts):  # as many as evaluation at once
