@@ -267,7 +267,7 @@ def main() -> None:
             bar.update(block)
         fall_rate = float(replay[demo_steps + first_step : demo_steps + step, -1].mean())  # a step
         fewest = min(row.get("charts/fall_rate", 1.0) for row in log[-9:])  # of the nine before
-        if fall_rate > fewest and before["n_averaged"] and args.reward_range[1] > 0:
+        if fall_rate > fewest and before["n_averaged"] and args.reward_range[1] > 0:  # an end costs
             averaged.load_state_dict(before)  # left out: it fell more often than the best of ten
 
         # ========================================= SAMPLE: τ' ~ π_{k+1}; g1 sees the ten latest

@@ -345,7 +345,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             bar.update(block)
         fall_rate = float(replay[demo_steps + first_step : demo_steps + step, -1].mean())  # a step
         fewest = min(row.get("charts/fall_rate", 1.0) for row in log[-9:])  # of the nine before
-        if fall_rate > fewest and args.reward_range[1] > 0:
+        if fall_rate > fewest and args.reward_range[1] > 0:  # an end costs
             averaged.load_state_dict(before)  # left out: it fell more often than the best of ten
 
         # =========================================================== LOG, EVALUATE and CHECKPOINT
