@@ -100,7 +100,7 @@ PRESETS = {  # flags that come before the user's own; batch and rate are as in D
         --learning-rate 1e-6 --batch-size 64 --micro-batch-size 4 --dpo-steps 1000
         --dtype bfloat16 --eval-every 100 --checkpoint-every 100""",
 }
-SCRIPT = "aihf_dpo_llm.py"
+SCRIPT = Path(__file__).name
 MAY_BE_ZERO = "seed num_demonstrations num_preferences demo_weight preference_weight"
 
 
@@ -142,7 +142,7 @@ def main() -> None:
         data_hash = read.fingerprint(demos, pairs, prompt_ids, *weights)
         if state:
             if state["data_hash"] != data_hash:
-                raise ValueError("the run had other data, another model, or other --eval-prompts")
+                raise ValueError("the run had other data, models or --eval-prompts, or a weight 0")
             policy.lm.load_state_dict(state["policy"])
         for module in dict.fromkeys([policy, reference, base]):
             shard(module.to(device), device)
@@ -447,8 +447,9 @@ def parse_args() -> tuple[Args, dict]:
     """Arguments: the given run's, the preset's, the flags (the last wins); the run's checkpoint."""
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
     state = read.checkpoint(args.evaluate or args.resume, SCRIPT, go_on=not args.evaluate)
-    preset = PRESETS[args.preset].split() if args.preset else []
-    args = tyro.cli(Args, default=Args(**state.get("args", {})), args=preset + sys.argv[1:])
+    given, preset = state.get("args", {}), args.preset
+    preset = PRESETS[preset].split() if preset not in ("", given.get("preset")) else []
+    args = tyro.cli(Args, default=Args(**given), args=preset + sys.argv[1:])
     read.check_numbers(args, MAY_BE_ZERO)
     if args.demo_weight == args.preference_weight == 0:
         raise ValueError("--demo-weight and --preference-weight are 0: there is nothing to learn")

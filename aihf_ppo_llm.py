@@ -51,7 +51,7 @@ ASSETS = "data_gen/assets/imdb"
 
 @dataclass
 class Args:
-    preset: Literal["", "imdb", "hh"] = ""  # Table 2, weights 1; imdb: our data; hh: give an SFT
+    preset: Literal["", "imdb", "hh"] = ""  # Table 2, weights 1; hh: give --sft-model-path
     model_name_or_path: str = f"{ASSETS}/model"  # the base policy, a folder or hub id
     sft_model_path: str = ""  # start from this policy, which is then the reference π⁰ too
     reward_model_path: str = ""  # base of the reward; "": the base policy. A trained head is kept
@@ -70,7 +70,7 @@ class Args:
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
 
     # Upper level: the reward
-    demo_weight: float = 1.0  # α of Algorithm 1, which is α of (8a) / β; 0: as in RLHF
+    demo_weight: float = 1.0  # α of Algorithm 1: (8a)'s α divided by β; 0: as in RLHF
     preference_weight: float = 3.0  # of (11) (paper: 1); 0: inverse reinforcement learning
     demo_loss: Literal["linear", "logistic"] = "linear"  # g1: Lemma 5.1, or log σ (authors' code)
     response_memory: int = 10  # latest policies whose responses g1 sees (Algorithm 1: 1)
@@ -93,7 +93,7 @@ class Args:
     kl_coefficient: float = 0.02  # β of (10)
 
     # Running
-    eval_prompts: int = 256  # held-out prompts; as many of g1's responses are sampled at a time
+    eval_prompts: int = 256  # held-out prompts; also how many of g1's responses are sampled at once
     eval_every: int = 5  # PPO steps between evaluations
     checkpoint_every: int = 10  # PPO steps between checkpoints
     runs_dir: str = "runs"  # where run folders go
@@ -124,7 +124,7 @@ PRESETS = {  # the paper's models and Table 2, else our guess; the user's own fl
         --minibatch-size 4 --micro-batch-size 4 --ppo-steps 24000 --eval-every 500
         --checkpoint-every 500""",
 }
-SCRIPT = "aihf_ppo_llm.py"
+SCRIPT = Path(__file__).name
 MAY_BE_ZERO = """seed num_demonstrations num_preferences demo_weight preference_weight
     reward_penalty kl_coefficient"""
 
@@ -226,7 +226,7 @@ def main() -> None:
         weights = (w for model in (reference, base) for w in model.state_dict().values())
         data_hash = read.fingerprint(pairs, prompts, demos, [n], *weights)
         if state and state["data_hash"] != data_hash:
-            raise ValueError("the run had other data, another model, or other --eval-prompts")
+            raise ValueError("the run had other data, models or --eval-prompts, or a weight 0")
         if state and not learned.keys() <= state.keys():
             raise ValueError("the run has no critic: PPO cannot carry it on")
         for name in learned if state else ():
@@ -255,7 +255,7 @@ def main() -> None:
         if steps_since_reward == 0:  # the reward first (Algorithm 1: the policy): R starts random
             # ================ SAMPLE: τ ~ D, τ' ~ π_k and earlier ones, (τ_l ≺ τ_w) ~ P
             size = args.reward_updates_per_iteration * args.reward_batch_size  # of all updates
-            indices = read.draw(len(demos), size, k, (args.seed, 1))  # 1 to 6: streams of their own
+            indices = read.draw(len(demos), size, k, (args.seed, 1))  # 1 to 6: one stream a use
             asked = [demo_prompt_ids[i] for i in indices]
             rng, responses = np.random.default_rng([args.seed, 3, k]), []
             for part in read.parts(0, size, args.eval_prompts):  # as many as evaluation at once
@@ -622,8 +622,9 @@ def parse_args() -> tuple[Args, dict]:
     the last wins. And the run's checkpoint, or {}."""
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])  # which preset, which run
     state = read.checkpoint(args.evaluate or args.resume, SCRIPT, go_on=not args.evaluate)
-    preset = PRESETS[args.preset].split() if args.preset else []
-    args = tyro.cli(Args, default=Args(**state.get("args", {})), args=preset + sys.argv[1:])
+    given, preset = state.get("args", {}), args.preset
+    preset = PRESETS[preset].split() if preset not in ("", given.get("preset")) else []
+    args = tyro.cli(Args, default=Args(**given), args=preset + sys.argv[1:])
     read.check_numbers(args, MAY_BE_ZERO)
     if args.demo_weight == args.preference_weight == 0:
         raise ValueError("--demo-weight and --preference-weight are 0: there is nothing to learn")

@@ -8,11 +8,11 @@ al., arXiv 2406.06874: Algorithm 1 on MuJoCo robots (6.1, A.2.1). Equation numbe
 learns to hop from 10 demonstrations and 2,000 preferences between 50-step segments in some 10
 minutes on a CPU core; prints the true return, which training never uses; writes runs/<run_name>/.
 
-Four departures from the paper matter (README.md has more):
-- g1 (Lemma 5.1) is linear in r and unbounded. Here r is bounded, positive where a fall ends an
-  episode, so that an early fall costs reward, and slopes above 1 are penalised (Wasserstein GANs).
+Departures from the paper that matter, beside evaluating averaged weights (README.md has more):
+- g1 (demonstrations, Lemma 5.1) is linear in r and unbounded. Here r is bounded, positive where a
+  fall ends an episode, so that it costs reward, and slopes above 1 are penalised (as in WGAN-GP).
 - R(τ) in g1 is r's mean in an episode / (1 - γ): a discounted sum forgets the later steps.
-- g2 weighs 10 and divides differences of returns by 5: otherwise σ saturates, and g1 dominates.
+- g2 (preferences, (27)) weighs 10, else g1 dominates; R(τ_w) - R(τ_l) is over 5, else σ saturates.
 - g1's rollouts are the ten latest policies', so that the reward does not forget earlier ones.
 """
 
@@ -44,7 +44,7 @@ class Args:
     data_dir: str = ""  # high.npz, medium.npz, low.npz, pairs.csv; "": data_gen/assets/mujoco/<env>
 
     # Upper level: the reward
-    demo_weight: float = 1.0  # α of Algorithm 1, which is α of (8a) / β; 0: preferences alone
+    demo_weight: float = 1.0  # α of Algorithm 1: (8a)'s α divided by β; 0: preferences alone
     preference_weight: float = 10.0  # of (11); 0: inverse reinforcement learning (paper: 1)
     preference_temperature: float = 5.0  # divides the difference of returns in (11) (paper: 1)
     reward_updates_per_iteration: int = 100  # Adam steps (the authors' code: 1, in longer runs)
@@ -84,7 +84,7 @@ class Args:
     track: bool = False  # log to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY ...)
 
 
-SCRIPT = "aihf_sac_mujoco.py"
+SCRIPT = Path(__file__).name
 BLOCK = 50  # environment steps, then as many updates: Spinning Up's update_every
 LOSSES = tuple(f"losses/{x}" for x in ("q", "policy", "entropy", "q_mean", "beta"))  # SAC's
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # of the policy
@@ -130,8 +130,8 @@ def step_weights(lengths: Tensor, form: str, gamma: float) -> Tensor:
 
 
 def demonstration_gap(reward, demos, rollouts) -> Tensor:
-    """Mean R(τ) of demonstrations minus mean R(τ') of rollouts, both given as features (N, obs_dim
-    + act_dim) and step_weights (N,): (). If these are discounted, its ∇ is g1 = β ∇(9), by (28)."""
+    """Mean R(τ) of demonstrations minus mean R(τ') of rollouts, (), both given as features (N,
+    obs_dim + act_dim) and step_weights (N,). If discounted, its ∇ is g1 of (28), β times (9)'s."""
     (x_demos, w_demos), (x_policy, w_policy) = demos, rollouts
     return (w_demos * reward(x_demos)).sum() - (w_policy * reward(x_policy)).sum()
 
@@ -177,7 +177,7 @@ def main() -> None:
         data_dir = Path(args.data_dir or f"data_gen/assets/mujoco/{args.env}")
         used = ["high"] * (args.demo_weight > 0) + ["medium", "low"] * (args.preference_weight > 0)
         # Tiers of episodes: high holds the demonstrations D, P compares segments of medium and low
-        tiers = {tier: read.episodes(data_dir / f"{tier}.npz", env) for tier in used}
+        tiers = {tier: read.episodes(data_dir / f"{tier}.npz", env.env) for tier in used}
         pairs = read.pairs(data_dir, tiers, args.segment_length) if args.preference_weight else []
         data_hash = read.fingerprint(*(x for tier in tiers.values() for x in tier), pairs)
 
@@ -185,11 +185,11 @@ def main() -> None:
         # Evaluated: averaged weights; the last tenth counts for 65 % (Shamir and Zhang 2013)
         averaged = AveragedModel(actor, avg_fn=lambda a, b, n: a.lerp(b, 10 / (10 + n)))
         critics = Critics(obs_dim, act_dim, args.hidden).to(device)
-        sac = init_sac(actor, critics, args.entropy_coefficient or 1.0)
+        sac = init_sac(actor, critics, args.entropy_coefficient or 1.0)  # shares their memory
         target_entropy = None if args.entropy_coefficient else -act_dim
         update = make_sac_update(actor, critics, args.gamma, args.tau, target_entropy)
         *_, lengths, _ = play(env, actor, range(3), rng=np.random.default_rng(0))  # 3 episodes
-        can_fall = lengths.min().item() < env.spec.max_episode_steps  # it does while untrained
+        can_fall = lengths.min().item() < env.spec.max_episode_steps  # untrained, it does
         args.reward_range = args.reward_range or ((0.0, 4.0) if can_fall else (-10.0, 10.0))
         args.demos_in_replay = can_fall if args.demos_in_replay is None else args.demos_in_replay
         all_obs = np.concatenate([tier.obs for tier in tiers.values()])
@@ -238,7 +238,7 @@ def main() -> None:
         # ================================ LOWER LEVEL (8b): align the policy to r(·; θ_k) by SAC
         learning_rate = torch.tensor(args.learning_rate * share_left, device=device)
         losses = torch.full((len(LOSSES),), math.nan)  # until --learning-starts
-        before = tree_map(Tensor.clone, averaged.state_dict())
+        before = tree_map(Tensor.clone, averaged.state_dict())  # to leave this iteration out
         obs, _ = env.reset(seed=int(rng.integers(2**31)))
         iteration_end = min(step + args.policy_steps_per_iteration, last_step)
         while step < iteration_end:
@@ -248,7 +248,7 @@ def main() -> None:
                     action = rng.uniform(-1, 1, act_dim).astype(np.float32)
                 else:
                     action = actor.act(obs, rng.standard_normal(act_dim, np.float32))
-                next_obs, _, terminated, truncated, _ = env.step(action)  # _: the true reward
+                next_obs, _, terminated, truncated, _ = env.step(action)  # the first _: true reward
                 replay[demo_steps + step] = np.concatenate([obs, action, next_obs, [terminated]])
                 obs = env.reset()[0] if terminated or truncated else next_obs
                 step += 1
@@ -257,7 +257,7 @@ def main() -> None:
                 batches = torch.from_numpy(replay[index]).to(device).split(widths, dim=-1)
                 s, a, next_s, terminations = (field.contiguous() for field in batches)
                 with torch.no_grad():  # relabelled: today's reward for transitions of any age
-                    rewards = reward(reward.features(s, a))
+                    rewards = reward(reward.features(s, a)).float()
                 noise = rng.standard_normal((block, 2, args.batch_size, act_dim), np.float32)
                 noise = torch.from_numpy(noise).to(device)
                 for batch in zip(s, a, rewards, next_s, terminations.squeeze(-1), noise):
@@ -265,9 +265,9 @@ def main() -> None:
                 averaged.update_parameters(actor)
                 read.check_finite(step, run_dir, rewards=rewards, losses=losses, **sac["actor"])
             bar.update(block)
-        fall_rate = float(replay[demo_steps + first_step : demo_steps + step, -1].mean())  # a step
+        fall_rate = float(replay[demo_steps:][first_step:step, -1].mean())  # falls per SAC step
         fewest = min(row.get("charts/fall_rate", 1.0) for row in log[-9:])  # of the nine before
-        if fall_rate > fewest and before["n_averaged"] and args.reward_range[1] > 0:  # an end costs
+        if fall_rate > fewest and before["n_averaged"] and args.reward_range[0] >= 0:  # falls cost
             averaged.load_state_dict(before)  # left out: it fell more often than the best of ten
 
         # ========================================= SAMPLE: τ' ~ π_{k+1}; g1 sees the ten latest
@@ -301,8 +301,8 @@ def main() -> None:
         env_steps = log[-1]["charts/env_steps"] + step - first_step + len(fresh[0])
         row = dict(zip(counts, (iteration, step, env_steps))) | dict(zip(LOSSES, losses.tolist()))
         row |= reward_metrics(reward, data, reward.features(*fresh[:2]), segments, args)
-        row["charts/SPS"] = (step - first_step) / (time.perf_counter() - started)
         row["charts/fall_rate"] = fall_rate
+        row["charts/SPS"] = (step - first_step) / (time.perf_counter() - started)
         if iteration % args.eval_every == 0 or finished:
             row |= evaluate(env, averaged.module, args.eval_episodes, reward)
             bar.set_postfix_str(f"true return {row['eval/return_mean']:.0f}")
@@ -393,7 +393,7 @@ def make_sac_update(actor, critics, gamma: float, tau: float, target_entropy: fl
     """The SAC update (Haarnoja et al. 2018), fit to be compiled; target_entropy None fixes β."""
 
     def update(sac, learning_rate, obs, action, rewards, next_obs, terminated, noise) -> Tensor:
-        """A step on a batch; noise (2, batch, act_dim). (5,): LOSSES."""
+        """A step on a batch; noise (2, batch, act_dim). Returns LOSSES, (5,)."""
         sac["updates"]["count"].add_(1)
         beta = sac["beta"]["log"].exp()  # no graph: all of sac is detached
 
@@ -419,7 +419,7 @@ def make_sac_update(actor, critics, gamma: float, tau: float, target_entropy: fl
         adam_(sac, "actor", gradients, learning_rate)
 
         if target_entropy is not None:
-            adam_(sac, "beta", {"log": entropy - target_entropy}, learning_rate)  # log β's ∇
+            adam_(sac, "beta", {"log": entropy - target_entropy}, learning_rate)  # β falls if > 0
         for key, target in sac["targets"].items():
             target.lerp_(sac["critics"][key], tau)
         return torch.stack([q_loss, pi_loss, entropy, mean_q, beta])
@@ -445,14 +445,14 @@ def compile_update(update, sac: dict, obs_dim: int, act_dim: int, n: int):
 
 
 # --------------------------------------------------------------------------- play and evaluate
-def make_env(env_id: str) -> gym.Env:
-    """A robot, actions scaled to [-1, 1]; ValueError on an environment that does not fit."""
+def make_env(name: str) -> gym.Env:
+    """A robot, actions scaled to [-1, 1], observations copied; ValueError if it does not fit."""
     gym.logger.min_level = gym.logger.ERROR  # it warns of v4 at every make
-    env = gym.make(env_id, disable_env_checker=True)
+    env = gym.wrappers.TransformObservation(gym.make(name, disable_env_checker=True), np.copy, None)
     spaces = env.observation_space, env.action_space
     vectors = all(len(space.shape or ()) == 1 and space.dtype.kind == "f" for space in spaces)
     if not (vectors and env.action_space.is_bounded() and env.spec.max_episode_steps):
-        raise ValueError(f"{env_id} needs a time limit, vectors, bounded actions: {spaces}")
+        raise ValueError(f"{name} needs a time limit, vectors, bounded actions: {spaces}")
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 

@@ -98,7 +98,7 @@ class MujocoArgs:
     track: bool = False  # log to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY ...)
 
 
-SCRIPT = "rlhf_baseline.py"
+SCRIPT = Path(__file__).name
 ASSETS = "data_gen/assets/imdb"
 BLOCK = 50  # environment steps, then as many updates: Spinning Up's update_every
 CHECK_EVERY = 50  # updates of stages 1 and 2 between looks at the held-out data
@@ -206,7 +206,8 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         args.run_name = args.run_name or name
 
         data_dir = Path(args.data_dir or f"data_gen/assets/mujoco/{args.env}")
-        tiers = {t: read.episodes(data_dir / f"{t}.npz", env) for t in ("high", "medium", "low")}
+        names = ("high", "medium", "low")
+        tiers = {tier: read.episodes(data_dir / f"{tier}.npz", env.env) for tier in names}
         pairs = read.pairs(data_dir, tiers, args.segment_length)
         data_hash = read.fingerprint(*(x for tier in tiers.values() for x in tier), pairs)
         demos = tiers["high"]
@@ -223,7 +224,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         settings = args.gamma, args.tau, target_entropy, args.critic_warmup_steps
         update = make_sac_update(actor, critics, *settings)
         *_, lengths, _ = play(env, actor, range(3), rng=np.random.default_rng(0))  # 3 episodes
-        can_fall = lengths.min().item() < env.spec.max_episode_steps  # it does while untrained
+        can_fall = lengths.min().item() < env.spec.max_episode_steps  # untrained, it does
         args.reward_range = args.reward_range or ((0.0, 4.0) if can_fall else (-10.0, 10.0))
         args.demos_in_replay = can_fall if args.demos_in_replay is None else args.demos_in_replay
         all_obs = np.concatenate([tier.obs for tier in tiers.values()])
@@ -320,14 +321,14 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         first_step = step
         share_left = 1 - step / args.total_timesteps if args.anneal else 1.0
         learning_rate = torch.tensor(args.learning_rate * share_left, device=device)
-        before = tree_map(Tensor.clone, averaged.state_dict())
+        before = tree_map(Tensor.clone, averaged.state_dict())  # to leave this iteration out
         obs, _ = env.reset(seed=int(rng.integers(2**31)))
         iteration_end = min(step + args.policy_steps_per_iteration, last_step)
         while step < iteration_end:
             block = min(BLOCK, iteration_end - step)
             for _ in range(block):
                 action = actor.act(obs, rng.standard_normal(act_dim, np.float32))
-                next_obs, _, terminated, truncated, _ = env.step(action)  # _: the true reward
+                next_obs, _, terminated, truncated, _ = env.step(action)  # the first _: true reward
                 replay[demo_steps + step] = np.concatenate([obs, action, next_obs, [terminated]])
                 obs = env.reset()[0] if terminated or truncated else next_obs
                 step += 1
@@ -335,7 +336,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             batches = torch.from_numpy(replay[index]).to(device).split(widths, dim=-1)
             s, a, next_s, terminations = (field.contiguous() for field in batches)
             with torch.no_grad():
-                rewards = reward(reward.features(s, a))
+                rewards = reward(reward.features(s, a)).float()
             noise = rng.standard_normal((block, 2, args.batch_size, act_dim), np.float32)
             noise = torch.from_numpy(noise).to(device)
             for batch in zip(s, a, rewards, next_s, terminations.squeeze(-1), noise):
@@ -343,15 +344,14 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             averaged.update_parameters(actor)
             read.check_finite(step, run_dir, rewards=rewards, sac_losses=losses, **sac["actor"])
             bar.update(block)
-        fall_rate = float(replay[demo_steps + first_step : demo_steps + step, -1].mean())  # a step
+        fall_rate = float(replay[demo_steps:][first_step:step, -1].mean())  # falls per SAC step
         fewest = min(row.get("charts/fall_rate", 1.0) for row in log[-9:])  # of the nine before
-        if fall_rate > fewest and args.reward_range[1] > 0:  # an end costs
+        if fall_rate > fewest and args.reward_range[0] >= 0:  # falls cost
             averaged.load_state_dict(before)  # left out: it fell more often than the best of ten
 
         # =========================================================== LOG, EVALUATE and CHECKPOINT
         iteration, finished = iteration + 1, step >= last_step
-        row = dict(zip(LOSSES, losses.tolist()))
-        row["charts/fall_rate"] = fall_rate
+        row = dict(zip(LOSSES, losses.tolist())) | {"charts/fall_rate": fall_rate}
         if iteration % args.eval_every == 0 or finished:
             row |= evaluate(env, averaged.module, args.eval_episodes, reward)
             bar.set_postfix_str(f"true return {row['eval/return_mean']:.0f}")
@@ -452,8 +452,8 @@ def make_sac_update(actor, critics, gamma: float, tau: float, target_entropy, wa
     (4). π⁰ is the clone; with a target_entropy, which tunes β, π⁰ is uniform: SAC's own bonus."""
 
     def update(sac, learning_rate, obs, action, rewards, next_obs, terminated, noise) -> Tensor:
-        """A step on a batch; noise (2, batch, act_dim). (6,): LOSSES; KL lacks a constant
-        where π⁰ is uniform."""
+        """A step on a batch; noise (2, batch, act_dim). Returns LOSSES, (6,); its KL lacks
+        a constant where π⁰ is uniform."""
         sac["updates"]["count"].add_(1)
         beta = sac["beta"]["log"].exp()  # no graph: all of sac is detached
         policy_rate = learning_rate * (sac["updates"]["count"] > warm_up)  # 0: critics alone learn
@@ -513,14 +513,14 @@ def compile_update(update, sac: dict, obs_dim: int, act_dim: int, n: int):
 
 
 # --------------------------------------------------------------------------- play and evaluate
-def make_env(env_id: str) -> gym.Env:
-    """A robot, actions scaled to [-1, 1]; ValueError on an environment that does not fit."""
+def make_env(name: str) -> gym.Env:
+    """A robot, actions scaled to [-1, 1], observations copied; ValueError if it does not fit."""
     gym.logger.min_level = gym.logger.ERROR  # it warns of v4 at every make
-    env = gym.make(env_id, disable_env_checker=True)
+    env = gym.wrappers.TransformObservation(gym.make(name, disable_env_checker=True), np.copy, None)
     spaces = env.observation_space, env.action_space
     vectors = all(len(space.shape or ()) == 1 and space.dtype.kind == "f" for space in spaces)
     if not (vectors and env.action_space.is_bounded() and env.spec.max_episode_steps):
-        raise ValueError(f"{env_id} needs a time limit, vectors, bounded actions: {spaces}")
+        raise ValueError(f"{name} needs a time limit, vectors, bounded actions: {spaces}")
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
@@ -758,8 +758,7 @@ def llm(args: LlmArgs, state: dict) -> None:
         track(log[-1], step=len(log) - 1)
         if save:
             state = {"script": f"{SCRIPT} llm", "args": asdict(args), "data_hash": data_hash}
-            state["log"] = log
-            state |= {name: whole(module.state_dict()) for name, module in modules.items()}
+            state |= {"log": log} | {x: whole(m.state_dict()) for x, m in modules.items()}
             state |= {f"{name}_optimizer": whole(x.state_dict()) for name, x in optimizers.items()}
             read.write_csv(run_dir / "metrics.csv", log)
             read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
@@ -1131,8 +1130,9 @@ def parse_args() -> tuple:
     args = tyro.cli(robots | language, description=__doc__.split("\n\n")[0])
     kind, script = type(args), f"{SCRIPT} {sys.argv[1]}"
     state = read.checkpoint(args.evaluate or args.resume, script, go_on=not args.evaluate)
-    preset = PRESETS.get(getattr(args, "preset", ""), "")
-    args = tyro.cli(kind, default=kind(**state.get("args", {})), args=preset.split() + sys.argv[2:])
+    given, preset = state.get("args", {}), getattr(args, "preset", "")
+    preset = PRESETS[preset].split() if preset not in ("", given.get("preset")) else []
+    args = tyro.cli(kind, default=kind(**given), args=preset + sys.argv[2:])
     return args, state
 
 

@@ -40,11 +40,13 @@ def input_errors():
     except KeyboardInterrupt:  # before a run says how to carry on
         raise SystemExit(130) from None
     except Exception as error:  # libraries raise almost anything on a bad file, name or number
-        where = ""
-        if not isinstance(error, ValueError | OSError | ImportError):  # perhaps a mistake in a fork
-            frames = traceback.extract_tb(error.__traceback__)
-            last = [frame for frame in frames if "site-packages" not in frame.filename][-1]
-            where = f" ({Path(last.filename).name} line {last.lineno})"
+        frames, where = traceback.extract_tb(error.__traceback__), ""
+        own = [frame for frame in frames if "site-packages" not in frame.filename][-1]
+        expected = isinstance(error, OSError | ImportError)
+        if own is not frames[-1] or own.line.startswith("raise"):  # not a slip of Python or NumPy
+            expected |= isinstance(error, ValueError)
+        if not expected:  # perhaps a mistake in a fork
+            where = f" ({Path(own.filename).name} line {own.lineno})"
         print(f"error: {one_line(error)}{where}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -82,8 +84,9 @@ def check_finite(step: int, run_dir: Path, **tensors) -> None:
 
 
 # -------------------------------------------------------------------------------- run folders
-FIXED = """seed run_name runs_dir held_out_share sft_model_path reward_model_path
-    entropy_coefficient kl_coefficient""".split()  # flags that --resume cannot change
+# Flags that --resume cannot change:
+FIXED = """seed run_name runs_dir held_out_share sft_model_path reward_model_path sft_epochs
+    reward_epochs sft_batch_size reward_batch_size entropy_coefficient kl_coefficient""".split()
 
 
 def writes() -> bool:
@@ -173,7 +176,8 @@ def open_run(args, script: str) -> tuple:
     if args.track and writes():  # after this check: wandb begins a run of a known name anew
         import wandb
 
-        wandb.init(id=args.run_name, resume="allow" if args.resume else None, config=asdict(args))
+        name, again = args.run_name.replace(":", "-"), "allow" if args.resume else None
+        wandb.init(id=name, resume=again, config=asdict(args))
         track = wandb.log
     when_stopped_say_how_to_carry_on(folder, script)
     if not writes():
@@ -274,20 +278,20 @@ def check_episodes(arrays: dict[str, np.ndarray], source) -> np.ndarray:
 
 
 def episodes(path: Path, env) -> Episodes:
-    """Read an episode file of a robot, a gymnasium environment, whose actions are brought to
-    [-1, 1]. Its `rewards`, the true ones, are never touched."""
+    """Read an episode file of a robot, a gymnasium environment as it was recorded, whose actions
+    are brought to [-1, 1]. Its `rewards`, the true ones, are never touched."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in EPISODE_ARRAYS}
     except Exception as error:  # no file, no such array, almost anything on a damaged file
         advice = "data_gen/README.md has the format, and how to make it"
         raise ValueError(f"cannot read {path} ({one_line(error)}): {advice}") from None
-    lengths, low = check_episodes(arrays, path), env.unwrapped.action_space.low
+    lengths, low = check_episodes(arrays, path), env.action_space.low
     obs, actions, fell = (arrays[name].astype(np.float32) for name in EPISODE_ARRAYS[:3])
     if (obs.shape[1:], actions.shape[1:]) != (env.observation_space.shape, low.shape):
         wanted = f"{env.observation_space.shape} and {low.shape}"
         raise ValueError(f"{path} is of another robot: observations and actions are not {wanted}")
-    actions = 2 * (actions - low) / (env.unwrapped.action_space.high - low) - 1
+    actions = 2 * (actions - low) / (env.action_space.high - low) - 1
     if (outside := np.abs(actions) > 1.001).any():
         row = np.argwhere(outside)[0, 0]
         raise ValueError(f"{path}: actions leave the robot's bounds in row {row}")
@@ -404,6 +408,11 @@ class Texts:
         before, own = self.ids(prompts, name), self.ids(completions, name)
         whole = self.ids([x + y for x, y in rows], name)
         found = [w[len(b) :] if w[: len(b)] == b else [] for b, w in zip(before, whole)]
+        read_back = self.decode(before, own)
+        for number, (ids, y, text) in enumerate(zip(found, completions, read_back), 1):
+            if not ids and text[:1].isspace() > y[:1].isspace():  # an end of a prompt alone
+                advice = "end prompts after a word, without the blank: it is the response's"
+                raise ValueError(f"{name} row {number}: a blank more before {y[:20]!r}; {advice}")
         found, end = [x or y for x, y in zip(found, own)], [self.eos_id] * append_eos
         found = _cut(found, self.response_length, f"{name}: responses")
         return [(y if y[-1:] == end else y + end)[: self.response_length] for y in found]

@@ -237,7 +237,8 @@ def test_an_encoder_can_be_the_judge(tmp_path, data):
     assert around == ([2], [3]) and imdb_data.longest(network, around) == 20
     roberta = transformers.RobertaModel(transformers.RobertaConfig(**sizes, pad_token_id=1))
     assert imdb_data.longest(roberta, around) == 18  # its first two positions are never used
-    texts = ["great film great plot", "awful role"]
+    texts = ["great film great plot", "awful role"] * 35  # more than are scored at a time
+    texts[-1] = "great great role"
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     right = [score(network, row) for row in tokenizer(texts)["input_ids"]]
     np.testing.assert_allclose(imdb_data.scores(network, ids, 20, around), right, atol=1e-5)
@@ -297,6 +298,12 @@ def test_killed_and_run_again(tmp_path, monkeypatch, data, model, judge, subcomm
     else:
         shutil.copy(judge / "model.safetensors", source)
     helpers.assert_one_line_error(execute(subcommand, tmp_path, **flags), "other arguments or data")
+    if subcommand == "classifier":
+        shutil.copy(model / "model.safetensors", source)
+        flags["data"] = shutil.copytree(data, tmp_path / "other")
+        shutil.copy(data / "test.jsonl.gz", flags["data"] / "train.jsonl.gz")
+        result = execute(subcommand, tmp_path, **flags)
+        helpers.assert_one_line_error(result, "other arguments or data")
     (tmp_path / "work" / "checkpoint.pt").write_bytes(b"half")
     helpers.assert_one_line_error(execute(subcommand, tmp_path, **flags), "damaged")
 

@@ -795,9 +795,14 @@ def test_a_response_is_read_and_taught_as_it_was_written(kind, template):
 
 
 def test_a_token_that_straddles_the_two():
-    """Then the completion's own tokens count, and their text."""
-    texts = texts_of(metaspace_tokenizer(), 50, 50)
-    assert texts.responses([("a fil", "m great")], "")[0] == texts.ids(["m great"], "")[0]
+    """Then the completion's own tokens count, unless they would put a blank before it."""
+    rows = [("a film", " great"), ("a film ", "great"), ("a fil", "m great")]
+    model = Path(ppo.__file__).parent / ppo.ASSETS / "model"
+    bytes_ = texts_of(transformers.AutoTokenizer.from_pretrained(model), 50, 50)
+    assert bytes_.responses(rows, "")[1:] == bytes_.ids(["great", "m great"], "")
+    for bad in (1, 2):
+        with pytest.raises(ValueError, match="file row 2: a blank more before '(great|m great)'"):
+            texts_of(metaspace_tokenizer(), 50, 50).responses([rows[0], rows[bad]], "file")
 
 
 def test_texts_are_cut_as_lists_of_ids(capsys):

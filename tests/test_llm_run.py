@@ -383,18 +383,24 @@ def test_a_finished_run(tmp_path, script, world, finished, plain):
     assert all(f"{x['gt_score']:6.2f} | {line[:160]}" in out for x, line in zip(samples, lines))
     steps = int(last["charts/step"])
     paths = [(f"--{x}-model-path", world / "gpt2") for x in ("sft", "reward")]
-    own = of(script, ppo=paths[1:], dpo=[], rlhf=[*paths, ("--held-out-share", 0.2)])
+    sizes = [("--held-out-share", 0.2), ("--sft-epochs", 9), ("--reward-batch-size", 9)]
+    own = of(script, ppo=paths[1:], dpo=[], rlhf=[*paths, *sizes])
     assert_one_line_error(resume(script, finished, script.steps, 1), f"more than {script.steps}")
     for flag, value in (("--seed", 2), ("--run-name", "x"), *own):
         result = resume(script, finished, script.steps, steps + 1, flag, value)
         assert_one_line_error(result, f"--resume cannot change {flag}, which is")
-    flags = [script.steps, steps + 1, "--learning-rate", 5e-4, "--no-anneal"]
+    flags, state = [script.steps, steps + 1, "--learning-rate", 5e-4, "--no-anneal"], load(finished)
+    state["log"][-1]["charts/wall_seconds"] = 1000.0
+    torch.save(state, finished / "checkpoint.pt")
     with mock.patch.object(read, "check_finite", side_effect=SystemExit(1)):
         assert resume(script, finished, *flags)[0] == 1  # before another checkpoint
     code, out, err = resume(script, finished)
     assert code == 0, (out, err)
     table, args = metrics(finished), load(finished)["args"]
-    assert len(table) == len(metrics(plain)) + 1 and table[:-1] == metrics(plain)
+    before = metrics(plain)
+    before[-1]["charts/wall_seconds"] = "1000"
+    assert table[:-1] == before
+    assert 1000 < load(finished)["log"][-1]["charts/wall_seconds"] < 1300  # the clock goes on
     given = {"learning_rate": 5e-4, "anneal": False, script.steps[2:].replace("-", "_"): steps + 1}
     given |= {"run_name": "run", "resume": str(finished)}
     assert args == load(plain)["args"] | given
@@ -425,7 +431,9 @@ def test_other_data_and_other_weights_are_refused(tmp_path, script, world):
         raw, state = path.read_bytes(), load_file(path)
         state["transformer.h.0.mlp.c_fc.weight"][0, 0] += 1e-3
         save_file(state, path, {"format": "pt"})
-        assert_one_line_error(resume(script, folder), "another model")
+        assert_one_line_error(
+            resume(script, folder), of(script, ppo="models", dpo="models", rlhf="another model")
+        )
         path.write_bytes(raw)
     del before["args.json"]
     assert {name: files(folder)[name] for name in before} == before
@@ -524,6 +532,10 @@ def test_a_preset_beside_resume_counts_too(tmp_path, script, world):
     again = arguments(script, "--resume", folder, "--preset", "imdb", "--learning-rate", 3)
     assert plain.model_name_or_path != "gpt2" == again.model_name_or_path
     assert plain.seed == again.seed and again.learning_rate == 3
+    own = json.loads((folder / "args.json").read_text()) | {"preset": "hh", "learning_rate": 4}
+    (folder / "args.json").write_text(json.dumps(own))
+    again = arguments(script, "--resume", folder, "--preset", "hh")  # of the run already
+    assert again.learning_rate == 4 and again.model_name_or_path == plain.model_name_or_path
 
 
 def test_a_run_without_a_name_gets_its_own(tmp_path, script, world):
@@ -533,6 +545,22 @@ def test_a_run_without_a_name_gets_its_own(tmp_path, script, world):
             execute(script, tmp_path, world, "--run-name=", "--seed", 7)
         names.append(open_run.call_args.args[0].run_name)
     assert names[0] != names[1] and all("llm" in name and "__7__" in name for name in names)
+
+
+def test_a_gpu_is_used_where_there_is_one_unless_it_is_not_wanted(script, monkeypatch):
+    """Each process has its machine's next one, up to where this build of torch has none."""
+    calls, args = [], replace(arguments(script), threads=1)
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda *x, timeout: calls.extend(x)
+    )
+    assert script.module.start_processes(replace(args, cuda=False))[0] == torch.device("cpu")
+    with pytest.raises((AssertionError, RuntimeError), match="CUDA|NVIDIA"):
+        script.module.start_processes(args)
+    assert calls == ["gloo", 1, "nccl"]
 
 
 def test_what_processes_cannot_share_is_refused(script, monkeypatch):
@@ -566,7 +594,7 @@ def test_as_a_user_with_the_script_and_read_copied_away(tmp_path, script):
     """On the embedded models and data, past all stages, on a console of another encoding. AIHF with
     PPO is killed with the last checkpoint on disk but not yet under its name, and carried on."""
     (tmp_path / "data_gen").mkdir()
-    path = Path(shutil.copy(script.module.__file__, tmp_path))
+    path = Path(shutil.copy(script.module.__file__, tmp_path / "fork.py"))
     shutil.copy(ROOT / "data_gen" / "read.py", tmp_path / "data_gen")
     (tmp_path / "data_gen" / "assets").symlink_to(ROOT / "data_gen" / "assets")
     prompts = read_rows(ROOT / "data_gen/assets/imdb/prompts.jsonl")[:90]
@@ -589,19 +617,25 @@ def test_as_a_user_with_the_script_and_read_copied_away(tmp_path, script):
     assert "final: " in out and "python benchmark/plot.py runs/gr??e draws it" in out
     assert load(folder)["log"][-1]["charts/step"] == 2 and not list(folder.glob(".*"))
     assert {path.name for path in folder.iterdir() if path.is_dir()} == script.exports
+    assert load(folder)["script"].split()[0] == "fork.py"  # what carries this run on
 
 
 NOT_ASCII = "Amélie – this movie takes"  # first of the prompts of the evaluation above
 
 JOBS = """
-import importlib, json, os, sys
+import collections, importlib, json, os, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[1:3]
 import helpers, torch.distributed
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "False"}
 for name, argv, port in json.loads(Path("jobs.json").read_text()):
     os.environ["MASTER_PORT"] = str(port)
-    result = helpers.run_script(importlib.import_module(name), argv, Path.cwd())
+    module, shards = importlib.import_module(name), collections.Counter()
+    module.fully_shard = lambda part, shard=module.fully_shard, **mesh: (
+        shards.update([type(part).__name__]), shard(part, **mesh))
+    result = helpers.run_script(module, argv, Path.cwd())
+    with open("shards.jsonl", "a") as file:
+        print(json.dumps([name, shards]), file=file)
     print(*result, flush=True)
     assert result[0] == 0 and not torch.distributed.is_initialized()
 Path("done" + os.environ["RANK"]).touch()
@@ -688,6 +722,16 @@ def test_two_processes_are_one(tmp_path, script, world, two_processes):
     found, expected = (metrics(x) for x in (folder, then_two))
     assert len(found) == len(expected) and found[-1].keys() == expected[-1].keys()
     assert found[-1]["charts/step"] == "2"
+
+
+def test_all_models_but_the_judge_are_shared_out_block_by_block(script, two_processes):
+    """Each of the learned and frozen ones whole, and its two blocks; the judge is a RoBERTa."""
+    rows = [json.loads(line) for line in open(two_processes / "shards.jsonl")]
+    found = [count for name, count in rows if name == script.module.__name__]
+    models = of(
+        script, ppo={"Policy": 2, "Scorer": 2}, dpo={"Policy": 2}, rlhf={"Policy": 3, "Scorer": 2}
+    )
+    assert found[0] == models | {"GPT2Block": 2 * sum(models.values())}
 
 
 @pytest.mark.parametrize("rank", [0, 1])

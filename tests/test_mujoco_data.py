@@ -175,7 +175,7 @@ def test_pairs_lie_inside_episodes_and_the_learner_reads_them(data):
     assert list(rows[0]) == [*columns, "label"] and len(rows) == 60
     assert medium_wins(rows).all() and 15 <= sum(row["label"] == "1" for row in rows) <= 45
     env = aihf.make_env(ENV)
-    tiers = {tier: read.episodes(data / f"{tier}.npz", env) for tier in TIERS}
+    tiers = {tier: read.episodes(data / f"{tier}.npz", env.env) for tier in TIERS}
     actions = env.unwrapped.action_space.low + (tiers["high"].actions + 1) * [0.75, 1.5]
     np.testing.assert_allclose(
         actions, helpers.read_arrays(data / "high.npz")["actions"], atol=1e-6
@@ -493,7 +493,7 @@ def test_embedded_data_set(name):
     manifest = check_manifest(folder, name)
     assert manifest["tiers"]["medium"]["return_mean"] < manifest["tiers"]["high"]["return_mean"]
     assert manifest["counts"]["segment_length"] == aihf.Args().segment_length
-    tiers = {tier: read.episodes(folder / f"{tier}.npz", env) for tier in TIERS}
+    tiers = {tier: read.episodes(folder / f"{tier}.npz", env.env) for tier in TIERS}
     pairs = read.pairs(folder, tiers, aihf.Args().segment_length)
     assert len(pairs) == manifest["counts"]["pairs"]
     assert {(preferred[0], other[0]) for preferred, other in pairs} == {("medium", "low")}

@@ -28,7 +28,7 @@ from data_gen import read
 FIGURE3_DATA = ROOT / "benchmark" / "figure3_data.py"
 FLAGS = """--env helpers:Drift-v0 --seed 8 --bc-updates 17 --bc-batch-size 9 --bc-learning-rate 0.2
 --reward-updates 13 --reward-learning-rate 0.1 --preference-batch-size 6 --segment-length 4
---held-out-share 0.3 --gradient-penalty 3 --reward-range -1 2 --total-timesteps 180
+--held-out-share 0.3 --gradient-penalty 3 --reward-range 0 3 --total-timesteps 180
 --policy-steps-per-iteration 70 --critic-warmup-steps 60 --learning-rate 1e-3 --batch-size 8
 --hidden 8 7 --gamma 0.9 --tau 0.05 --eval-every 2 --eval-episodes 3 --checkpoint-every 1
 --run-name run --demos-in-replay True --no-compile --no-cuda""".split()

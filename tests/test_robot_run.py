@@ -107,12 +107,13 @@ def finished(plain, tmp_path):
 def test_as_a_user_with_the_script_and_read_copied_away(tmp_path, script):
     """The data of the default robot, found from the repository's root."""
     (tmp_path / "data_gen").mkdir()
-    shutil.copy(script.module.__file__, tmp_path)
+    shutil.copy(script.module.__file__, tmp_path / "fork.py")
     shutil.copy(ROOT / "data_gen" / "read.py", tmp_path / "data_gen")
     (tmp_path / "data_gen" / "assets").symlink_to(ROOT / "data_gen" / "assets")
     flags = """--seed 3 --total-timesteps 100 --policy-steps-per-iteration 50 --eval-every 1
     --eval-episodes 1 --no-compile"""
-    argv = [*script.command.split(), *script.flags.split(), *flags.split()]
+    _, *command = script.command.split()
+    argv = ["fork.py", *command, *script.flags.split(), *flags.split()]
     code, out, err = run_process(argv, tmp_path, PYTHONPATH="")
     assert code == 0 and "final true return" in out, (out, err)
     assert (script is RLHF) == ("cloned policy:" in out and "reward model:" in out)
@@ -125,7 +126,7 @@ def test_as_a_user_with_the_script_and_read_copied_away(tmp_path, script):
     assert [row["charts/sac_steps"] for row in table[-2:]] == ["50", "100"]
     assert all(math.isfinite(float(x)) for x in table[-1].values() if x)
     saved = json.loads((folder / "args.json").read_text())
-    assert saved.pop("script") == state["script"] == script.command
+    assert saved.pop("script") == state["script"] == " ".join(["fork.py", *command])
     assert set(saved) == set(state["args"]) == {field.name for field in fields(script.args)}
     assert (saved["seed"], state["args"]["hidden"], saved["run_name"]) == (3, (64, 64), folder.name)
 
@@ -270,7 +271,7 @@ def test_iterations_with_more_falls_are_not_averaged(tmp_path, data, monkeypatch
         assert averaged[f"module.{name}"].numpy() == pytest.approx(p.detach().numpy(), abs=1e-5)
     logged = [row["charts/fall_rate"] for row in state["log"] if "charts/fall_rate" in row]
     assert logged == pytest.approx(falls)
-    where_an_end_is_no_fall = ["--reward-range", -2, 0, "--run-name", "run2"]
+    where_an_end_is_no_fall = ["--reward-range", -2, 2, "--run-name", "run2"]
     run(script, tmp_path, data, *flags, *where_an_end_is_no_fall, "--total-timesteps", 100)
     assert load(tmp_path / "runs/run2")["averaged"]["n_averaged"] == (8 if script is AIHF else 11)
 
@@ -301,13 +302,18 @@ def test_flags_beside_resume_win(finished, plain, script):
         assert_one_line_error(result, f"--resume cannot change {flag}, which is")
     result = carry_on(script, folder, "--total-timesteps", 100)
     assert_one_line_error(result, "has done 120 steps, more than --total-timesteps")
-    flags = ["--total-timesteps", 150, "--learning-rate", 0.003]
+    flags, state = ["--total-timesteps", 150, "--learning-rate", 0.003], load(folder)
+    state["log"][-1]["charts/wall_seconds"] = 1000.0
+    torch.save(state, folder / "checkpoint.pt")
     with mock.patch.object(read, "check_finite", side_effect=SystemExit(1)):
         assert carry_on(script, folder, *flags)[0] == 1  # before another checkpoint
     code, out, err = carry_on(script, folder)
     assert code == 0, (out, err)
     state, table = load(folder), metrics(folder)
-    assert len(state["replay"]) == 150 and table[:-1] == metrics(plain(script))
+    before = metrics(plain(script))
+    before[-1]["charts/wall_seconds"] = "1000"
+    assert len(state["replay"]) == 150 and table[:-1] == before
+    assert 1000 < state["log"][-1]["charts/wall_seconds"] < 1300  # the clock goes on
     kept = {"gamma": 0.99, "segment_length": 4, "learning_rate": 0.003}
     assert {name: state["args"][name] for name in kept} == kept
 
@@ -380,6 +386,65 @@ def register(name, **attributes):
 
     limit = None if name == "Endless" else 12
     gym.register(f"{name}-v0", make, max_episode_steps=limit)
+
+
+class Reuses(helpers.Drift):
+    """Changes one array of observations in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.buffer = np.zeros(3)
+
+    def reset(self, **options):
+        self.buffer[:] = super().reset(**options)[0]
+        return self.buffer, {}
+
+    def step(self, action):
+        self.buffer[:], *rest = super().step(action)
+        return self.buffer, *rest
+
+
+gym.register("Reuses-v0", Reuses, max_episode_steps=12)
+
+
+@both
+def test_rows_stay_where_a_robot_reuses_its_observations(tmp_path, data, plain, script):
+    run(script, tmp_path, data, "--env", "Reuses-v0")
+    assert_same_run(tmp_path / "runs" / "run", plain(script), without="args")
+
+
+def rescaled():
+    return gym.wrappers.RescaleAction(helpers.Drift(), np.float32(-1), np.float32(1))
+
+
+gym.register("Rescaled-v0", rescaled, max_episode_steps=12)
+
+
+def test_actions_are_read_in_the_bounds_that_a_user_of_the_robot_sees(data, tmp_path):
+    path = Path(shutil.copy(data / "high.npz", tmp_path))
+    save_arrays(path, actions=(actions := np.load(path)["actions"] / 2))
+    found = read.episodes(path, aihf.make_env("Rescaled-v0").env).actions
+    np.testing.assert_allclose(found, actions, atol=1e-6)
+
+
+@both
+def test_sac_gets_float32_from_any_reward(tmp_path, data, monkeypatch, script):
+    """The compiled update has no guards: it would read the bytes of another type as float32."""
+    make, forward, types = script.module.make_sac_update, script.module.Reward.forward, set()
+
+    def spied(*args):
+        update = make(*args)
+
+        def spy(*inputs):
+            types.update(x.dtype for x in inputs[1:])
+            return update(*inputs)
+
+        return spy
+
+    monkeypatch.setattr(script.module, "make_sac_update", spied)
+    monkeypatch.setattr(script.module.Reward, "forward", lambda *x: forward(*x).double())
+    run(script, tmp_path, data)
+    assert types == {torch.float32}
 
 
 BOX = gym.spaces.Box

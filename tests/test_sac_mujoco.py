@@ -301,7 +301,7 @@ LOOP = """--env helpers:Drift-v0 --seed 4 --total-timesteps 72 --policy-steps-pe
 --learning-starts 20 --rollout-steps-per-iteration 30 --batch-size 8 --hidden 8 7 --segment-length 4
 --reward-updates-per-iteration 3 --preference-batch-size 6 --demo-weight 0.7 --preference-weight 1.6
 --preference-temperature 1.7 --demo-batch-size 40 --gradient-penalty 3 --rollout-memory 2
---reward-learning-rate 0.02 --reward-range -1 2 --gamma 0.9 --tau 0.05 --eval-every 2
+--reward-learning-rate 0.02 --reward-range 0 3 --gamma 0.9 --tau 0.05 --eval-every 2
 --eval-episodes 3 --checkpoint-every 1 --demos-in-replay True --no-compile --no-cuda"""
 BLOCK, POINTS = 20, 50  # in the place of the script's constants
 TOLERANCE = 2e-5  # relative and absolute

@@ -53,12 +53,6 @@ def test_worked_examples(demonstrations, preferences):
     assert bandit.aihf(demos, wins)[0] == pytest.approx(56 / 110, abs=1e-10)
 
 
-def test_two_actions_give_the_weighted_average():
-    (demos, _), (_, wins) = example(7, 12), example(30, 11)
-    expected = 19 / 60 * bandit.sft(demos) + 41 / 60 * bandit.preferences_only(wins)
-    np.testing.assert_allclose(bandit.aihf(demos, wins), expected, atol=1e-10)
-
-
 @pytest.mark.parametrize("pi, demonstrations, preferences", [(0.5, 60, 140), (0.3, 150, 50)])
 def test_variance_law(pi, demonstrations, preferences):
     """The variance of 20,000 estimates within 5 standard errors, by the binomial's fourth moment:
@@ -75,24 +69,6 @@ def test_variance_law(pi, demonstrations, preferences):
     assert abs(bandit.aihf(demos, wins)[:, 0].var(ddof=1) - variance) < 5 * error
     for alone in (bandit.sft(demos), bandit.preferences_only(wins)):
         assert alone[:, 0].var() > 1.2 * variance
-
-
-def test_gradient_is_16_and_19():
-    demos, wins = random_counts()
-    u, pairs, beta = np.random.default_rng(1).normal(size=6), wins + wins.T, 0.7
-    pi = bandit.softmax(u)
-    from_demos = (demos / demos.sum() - pi) / beta  # (16)
-    from_pairs = [  # (19)
-        sum(
-            (wins[i, j] / pairs[i, j] - pi[i] / (pi[i] + pi[j])) * pairs[i, j]
-            for j in range(6)
-            if j != i
-        )
-        / (pairs.sum() / 2 * beta)
-        for i in range(6)
-    ]
-    expected = beta * (demos.sum() * from_demos + pairs.sum() / 2 * np.array(from_pairs))
-    np.testing.assert_allclose(bandit.gradient_and_hessian(u, demos, wins)[0], expected, atol=1e-10)
 
 
 def test_gradient_and_hessian_are_those_of_the_log_likelihood():
@@ -429,31 +405,6 @@ def test_only_the_discounted_form_is_the_gradient_of_anything():
         slope = torch.autograd.functional.jacobian(lambda theta: minus_g1(theta, form), theta)
         asymmetry = ((slope - slope.T).norm() / slope.norm()).item()
         assert asymmetry < 1e-6 if form == "discounted" else asymmetry > 0.05
-
-
-def test_the_mean_form_alone_is_blind_to_how_long_an_episode_lasts():
-    """The expert takes the action that never ends the episode, and every step's reward is θ."""
-    transitions = torch.tensor([[[1.0], [0.5]]]).double()
-    mdp, expert = (
-        tabular.MDP(transitions, torch.ones(1).double(), 0.9),
-        torch.tensor([[1.0, 0.0]]).double(),
-    )
-    uniform = torch.full((1, 2), 0.5).double()
-
-    def constant(theta, x):
-        return theta * x.sum(-1)
-
-    gradient = {}
-    for form in FORMS:
-        weights = [
-            tabular.expected_weights(mdp, pi, HORIZON)[form].flatten() for pi in (expert, uniform)
-        ]
-        sides = [(torch.eye(2).double(), weight) for weight in weights]
-        gradient[form] = tabular.gradient(
-            aihf.demonstration_gap, torch.zeros(()).double(), constant, *sides
-        ).item()
-    assert gradient["discounted"] == pytest.approx(10 - 1 / (1 - 0.9 * 0.75), abs=1e-6)
-    assert gradient["sum"] > 1 and abs(gradient["mean"]) < 1e-9
 
 
 # -------------------------------------------------------------------------------------- Algorithm 1
