@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 runs() { # lines: env, method, variant, seed
-  local env seed method variant
+  local env seed method variant data
   for seed in 1 2 3; do
     case $1 in
       1) for env in Hopper-v4 HalfCheetah-v4 Walker2d-v4; do echo "$env rlhf default $seed"; done ;;
@@ -19,11 +19,13 @@ runs() { # lines: env, method, variant, seed
       3) for variant in share0.1 share0.3 flip0.1 flip0.3; do
            for method in aihf rlhf; do echo "Hopper-v4 $method $variant $seed"; done
          done
-         for variant in share0.1 flip0.3; do
-           for method in aihf rlhf; do echo "HalfCheetah-v4 $method $variant $seed"; done
+         for data in "HalfCheetah-v4 share0.1" "HalfCheetah-v4 flip0.3" "Walker2d-v4 share0.1"; do
+           for method in aihf rlhf; do echo "${data% *} $method ${data#* } $seed"; done
          done ;;
       4) for env in Hopper-v4 HalfCheetah-v4 Walker2d-v4; do echo "$env rlhf-no-kl default $seed"; done ;;
-      5) for method in aihf rlhf; do echo "Hopper-v4 $method demos2 $seed"; done ;;
+      5) for env in Hopper-v4 Walker2d-v4; do
+           for method in aihf rlhf; do echo "$env $method demos2 $seed"; done
+         done ;;
     esac
   done
 }
@@ -44,7 +46,7 @@ run() { # env method variant seed
 export -f run
 
 mkdir -p runs/figure3_data
-for name in Hopper-v4__{share0.1,share0.3,flip0.1,flip0.3,demos2} HalfCheetah-v4__{share0.1,flip0.3}; do
+for name in Hopper-v4__{share0.1,share0.3,flip0.1,flip0.3,demos2} HalfCheetah-v4__{share0.1,flip0.3} Walker2d-v4__{share0.1,demos2}; do
   folder=runs/figure3_data/$name
   variant=${name#*__}
   flag=${variant%%[0-9]*}
