@@ -142,7 +142,7 @@ def main() -> None:
         data_hash = read.fingerprint(demos, pairs, prompt_ids, *weights)
         if state:
             if state["data_hash"] != data_hash:
-                raise ValueError("the run had other data, models or --eval-prompts, or a weight 0")
+                raise ValueError("the run had other data, weights 0, models or --eval-prompts")
             policy.lm.load_state_dict(state["policy"])
         for module in dict.fromkeys([policy, reference, base]):
             shard(module.to(device), device)
@@ -444,7 +444,7 @@ def save_model(model, tokenizer, folder: Path) -> None:
 
 
 def parse_args() -> tuple[Args, dict]:
-    """Arguments: the given run's, the preset's, the flags (the last wins); the run's checkpoint."""
+    """Arguments: a given run's, those of a preset new to it, the flags; the run's checkpoint."""
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
     state = read.checkpoint(args.evaluate or args.resume, SCRIPT, go_on=not args.evaluate)
     given, preset = state.get("args", {}), args.preset

@@ -226,7 +226,7 @@ def main() -> None:
         weights = (w for model in (reference, base) for w in model.state_dict().values())
         data_hash = read.fingerprint(pairs, prompts, demos, [n], *weights)
         if state and state["data_hash"] != data_hash:
-            raise ValueError("the run had other data, models or --eval-prompts, or a weight 0")
+            raise ValueError("the run had other data, weights 0, models or --eval-prompts")
         if state and not learned.keys() <= state.keys():
             raise ValueError("the run has no critic: PPO cannot carry it on")
         for name in learned if state else ():
@@ -618,8 +618,8 @@ def save_model(model, tokenizer, folder: Path) -> None:
 
 
 def parse_args() -> tuple[Args, dict]:
-    """The run's arguments (--resume, --evaluate) or the defaults, then the preset, then the flags:
-    the last wins. And the run's checkpoint, or {}."""
+    """The run's arguments (--resume, --evaluate) or the defaults, then a preset that is not the
+    run's already, then the flags: the last wins. And the run's checkpoint, or {}."""
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])  # which preset, which run
     state = read.checkpoint(args.evaluate or args.resume, SCRIPT, go_on=not args.evaluate)
     given, preset = state.get("args", {}), args.preset

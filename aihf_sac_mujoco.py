@@ -10,9 +10,9 @@ minutes on a CPU core; prints the true return, which training never uses; writes
 
 Departures from the paper that matter, beside evaluating averaged weights (README.md has more):
 - g1 (demonstrations, Lemma 5.1) is linear in r and unbounded. Here r is bounded, positive where a
-  fall ends an episode, so that it costs reward, and slopes above 1 are penalised (as in WGAN-GP).
+  fall ends an episode, so that a fall costs, and slopes above 1 are penalised (as in WGAN-GP).
 - R(τ) in g1 is r's mean in an episode / (1 - γ): a discounted sum forgets the later steps.
-- g2 (preferences, (27)) weighs 10, else g1 dominates; R(τ_w) - R(τ_l) is over 5, else σ saturates.
+- g2 (preferences) weighs 10, else g1 dominates, and divides R(τ_w) - R(τ_l) by 5: σ saturates.
 - g1's rollouts are the ten latest policies', so that the reward does not forget earlier ones.
 """
 
@@ -176,7 +176,7 @@ def main() -> None:
 
         data_dir = Path(args.data_dir or f"data_gen/assets/mujoco/{args.env}")
         used = ["high"] * (args.demo_weight > 0) + ["medium", "low"] * (args.preference_weight > 0)
-        # Tiers of episodes: high holds the demonstrations D, P compares segments of medium and low
+        # High holds the demonstrations D, P compares segments of medium and low; env.env: unscaled
         tiers = {tier: read.episodes(data_dir / f"{tier}.npz", env.env) for tier in used}
         pairs = read.pairs(data_dir, tiers, args.segment_length) if args.preference_weight else []
         data_hash = read.fingerprint(*(x for tier in tiers.values() for x in tier), pairs)

@@ -1124,7 +1124,7 @@ def save_model(model, tokenizer, folder: Path) -> None:
 
 # ------------------------------------------------------------------------------- the command line
 def parse_args() -> tuple:
-    """Arguments: a given run's, the preset's, the command line's; and that run's checkpoint."""
+    """Arguments: a given run's, those of a preset new to it, the flags; the run's checkpoint."""
     robots = Annotated[MujocoArgs, tyro.conf.subcommand("mujoco")]
     language = Annotated[LlmArgs, tyro.conf.subcommand("llm")]
     args = tyro.cli(robots | language, description=__doc__.split("\n\n")[0])

@@ -42,8 +42,8 @@ def input_errors():
     except Exception as error:  # libraries raise almost anything on a bad file, name or number
         frames, where = traceback.extract_tb(error.__traceback__), ""
         own = [frame for frame in frames if "site-packages" not in frame.filename][-1]
-        expected = isinstance(error, OSError | ImportError)
-        if own is not frames[-1] or own.line.startswith("raise"):  # not a slip of Python or NumPy
+        expected = isinstance(error, OSError | ImportError | UnicodeError)
+        if own is not frames[-1] or str(own.line).startswith("raise"):  # no slip of Python or NumPy
             expected |= isinstance(error, ValueError)
         if not expected:  # perhaps a mistake in a fork
             where = f" ({Path(own.filename).name} line {own.lineno})"
@@ -176,7 +176,7 @@ def open_run(args, script: str) -> tuple:
     if args.track and writes():  # after this check: wandb begins a run of a known name anew
         import wandb
 
-        name, again = args.run_name.replace(":", "-"), "allow" if args.resume else None
+        name, again = re.sub("[:;,#?']", "-", args.run_name), "allow" if args.resume else None
         wandb.init(id=name, resume=again, config=asdict(args))
         track = wandb.log
     when_stopped_say_how_to_carry_on(folder, script)
@@ -233,7 +233,7 @@ def checkpoint(run: str, script: str, go_on: bool = False) -> dict:
     except Exception as error:  # almost anything on a damaged file
         raise ValueError(f"{path} is damaged ({one_line(error)}); begin the run anew") from None
     if not isinstance(state, dict) or state.get("script") != script:
-        raise ValueError(f"{path} is no checkpoint of {script}")
+        raise ValueError(f"{path} is no checkpoint of {script}, by its file's name")
     if go_on:
         last = json.loads(path.with_name("args.json").read_text()).items()
         last = {key: tuple(x) if isinstance(x, list) else x for key, x in last if key != "script"}
@@ -278,8 +278,8 @@ def check_episodes(arrays: dict[str, np.ndarray], source) -> np.ndarray:
 
 
 def episodes(path: Path, env) -> Episodes:
-    """Read an episode file of a robot, a gymnasium environment as it was recorded, whose actions
-    are brought to [-1, 1]. Its `rewards`, the true ones, are never touched."""
+    """Read an episode file of a robot, a gymnasium environment; actions, which lie in the bounds of
+    env.action_space, are brought to [-1, 1]. Its `rewards`, the true ones, are never touched."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in EPISODE_ARRAYS}
@@ -408,11 +408,11 @@ class Texts:
         before, own = self.ids(prompts, name), self.ids(completions, name)
         whole = self.ids([x + y for x, y in rows], name)
         found = [w[len(b) :] if w[: len(b)] == b else [] for b, w in zip(before, whole)]
-        read_back = self.decode(before, own)
-        for number, (ids, y, text) in enumerate(zip(found, completions, read_back), 1):
-            if not ids and text[:1].isspace() > y[:1].isspace():  # an end of a prompt alone
-                advice = "end prompts after a word, without the blank: it is the response's"
-                raise ValueError(f"{name} row {number}: a blank more before {y[:20]!r}; {advice}")
+        read_back = zip(found, self.decode(before, own), completions)
+        spaced = sum(not ids and text == f" {y}" for ids, text, y in read_back)
+        if spaced and writes():
+            why = "their prompts end in a blank, or inside a word"
+            print(f"{name}: {spaced} of {len(rows)} responses get a blank before them: {why}")
         found, end = [x or y for x, y in zip(found, own)], [self.eos_id] * append_eos
         found = _cut(found, self.response_length, f"{name}: responses")
         return [(y if y[-1:] == end else y + end)[: self.response_length] for y in found]

@@ -304,6 +304,15 @@ def test_input_errors_are_one_line(capsys, error, line):
     assert stop.value.code == 2 and re.fullmatch(f"error: {re.escape(line)}{where}\n", found)
 
 
+def test_a_slip_of_python_is_no_bad_input(capsys):
+    with pytest.raises(SystemExit), read.input_errors():
+        int("x")
+    assert re.search(r"^error: .*'x' \(test_read.py line \d+\)\n$", capsys.readouterr().err)
+    with pytest.raises(SystemExit), read.input_errors():
+        b"\xff".decode()
+    assert "line" not in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------- run folders
 def test_write_whole_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "x"
