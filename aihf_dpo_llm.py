@@ -142,7 +142,7 @@ def main() -> None:
         data_hash = read.fingerprint(demos, pairs, prompt_ids, *weights)
         if state:
             if state["data_hash"] != data_hash:
-                raise ValueError("the run had other data, weights 0, models or --eval-prompts")
+                raise ValueError("the run had other data, models, --eval-prompts or weights of 0")
             policy.lm.load_state_dict(state["policy"])
         for module in dict.fromkeys([policy, reference, base]):
             shard(module.to(device), device)

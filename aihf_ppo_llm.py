@@ -226,7 +226,7 @@ def main() -> None:
         weights = (w for model in (reference, base) for w in model.state_dict().values())
         data_hash = read.fingerprint(pairs, prompts, demos, [n], *weights)
         if state and state["data_hash"] != data_hash:
-            raise ValueError("the run had other data, weights 0, models or --eval-prompts")
+            raise ValueError("the run had other data, models, --eval-prompts or weights of 0")
         if state and not learned.keys() <= state.keys():
             raise ValueError("the run has no critic: PPO cannot carry it on")
         for name in learned if state else ():

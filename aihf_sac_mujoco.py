@@ -12,7 +12,7 @@ Departures from the paper that matter, beside evaluating averaged weights (READM
 - g1 (demonstrations, Lemma 5.1) is linear in r and unbounded. Here r is bounded, positive where a
   fall ends an episode, so that a fall costs, and slopes above 1 are penalised (as in WGAN-GP).
 - R(τ) in g1 is r's mean in an episode / (1 - γ): a discounted sum forgets the later steps.
-- g2 (preferences) weighs 10, else g1 dominates, and divides R(τ_w) - R(τ_l) by 5: σ saturates.
+- g2 (preferences) weighs 10, else g1 dominates, and reads returns divided by 5, else σ saturates.
 - g1's rollouts are the ten latest policies', so that the reward does not forget earlier ones.
 """
 

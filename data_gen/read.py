@@ -233,7 +233,7 @@ def checkpoint(run: str, script: str, go_on: bool = False) -> dict:
     except Exception as error:  # almost anything on a damaged file
         raise ValueError(f"{path} is damaged ({one_line(error)}); begin the run anew") from None
     if not isinstance(state, dict) or state.get("script") != script:
-        raise ValueError(f"{path} is no checkpoint of {script}, by its file's name")
+        raise ValueError(f"{path} is no checkpoint of {script}")
     if go_on:
         last = json.loads(path.with_name("args.json").read_text()).items()
         last = {key: tuple(x) if isinstance(x, list) else x for key, x in last if key != "script"}

@@ -1029,7 +1029,7 @@ def test_bad_input(tmp_path, script, world, case):
 
 def test_tracking_is_asked_for_and_may_refuse(tmp_path, script, world, monkeypatch):
     def refuse(**settings):
-        raise RuntimeError("no API key\nlog in first")
+        raise RuntimeError(f"no API key\nlog in first, {settings['id']}")
 
     monkeypatch.setitem(sys.modules, "wandb", None)  # to import it would raise
     assert_one_line_error(execute(script, tmp_path, world, "--track"), "wandb")
@@ -1041,7 +1041,7 @@ def test_tracking_is_asked_for_and_may_refuse(tmp_path, script, world, monkeypat
     )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     result = execute(script, tmp_path, world, "--track", "--run-name", "a:b")
-    assert_one_line_error(result, "no API key log in first")
+    assert_one_line_error(result, "no API key log in first, a-b")
     assert not list(tmp_path.iterdir())
     settings = {}
     wandb.init = lambda **given: settings.update(given)
