@@ -70,7 +70,6 @@ class MujocoArgs:
     preference_batch_size: int = 64  # pairs in each reward update
     reward_learning_rate: float = 3e-4  # Adam's (paper: 1e-4)
     reward_range: tuple[float, float] | None = None  # of r; None: (0, 4) if it can fall, else ±10
-    gradient_penalty: float = 1000.0  # weight of the penalty on slopes of r above 1 (paper: none)
 
     # 3. RL
     demos_in_replay: bool | None = None  # with demonstrations (paper: no); None: if it can fall
@@ -104,7 +103,6 @@ BLOCK = 50  # environment steps, then as many updates: Spinning Up's update_ever
 CHECK_EVERY = 50  # updates of stages 1 and 2 between looks at the held-out data
 LOSSES = tuple(f"losses/{x}" for x in ("q", "policy", "entropy", "q_mean", "beta", "kl"))  # SAC's
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # of the policy
-PENALTY_POINTS = 500  # where the slope of r is measured in each reward update
 
 
 # --------------------------------------------------------------------- the reward, in equations
@@ -143,20 +141,6 @@ def preference_log_likelihood(reward, preferred: Tensor, other: Tensor) -> Tenso
     return F.logsigmoid((reward(preferred) - reward(other)).sum(-1)).mean()
 
 
-def slope_penalty(reward, x: Tensor) -> Tensor:
-    """Mean max(0, ‖∂r/∂x‖ - 1)² over x (N, d): 0 where r is 1-Lipschitz (Petzka et al. 2018)."""
-    x = x.detach().requires_grad_()
-    (slope,) = torch.autograd.grad(reward(x).sum(), x, create_graph=True)
-    return ((slope.square().sum(-1) + 1e-12).sqrt() - 1).clamp(min=0).square().mean()
-
-
-def between(a: Tensor, b: Tensor, count: int, rng: np.random.Generator) -> Tensor:
-    """Random points (count, d) on lines from a step of one set to a step of the other."""
-    i, j = (torch.from_numpy(rng.integers(len(x), size=count)) for x in (a, b))
-    share = torch.from_numpy(rng.random((count, 1), np.float32)).to(a.device)
-    return torch.lerp(a[i], b[j], share)
-
-
 def hold_out(count: int, share: float, rng: np.random.Generator) -> list[Tensor]:
     """0 … count - 1 in random order: those to learn from, and those held out, at least one."""
     held_out = max(1, round(share * count))
@@ -165,15 +149,15 @@ def hold_out(count: int, share: float, rng: np.random.Generator) -> list[Tensor]
     return torch.from_numpy(rng.permutation(count)).split([count - held_out, held_out])
 
 
-def fit(module: nn.Module, loss, penalty, split, batch_size, updates, learning_rate, anneal, rng):
-    """Adam on loss(rows) + penalty(), rows a batch from split[0]; keeps the parameters with the
-    lowest loss on split[1], held out. Returns their number of updates and this loss."""
+def fit(module: nn.Module, loss, split, batch_size, updates, learning_rate, anneal, rng):
+    """Adam on loss(rows), rows a batch from split[0]; keeps the parameters with the lowest loss on
+    split[1], held out. Returns their number of updates and this loss."""
     optimizer, (train, held_out), best = torch.optim.Adam(module.parameters()), split, math.inf
     for update in tqdm(range(1, updates + 1), f"fitting {type(module).__name__}"):
         share_left = 1 - (update - 1) / updates if anneal else 1.0
         optimizer.param_groups[0]["lr"] = learning_rate * share_left
         optimizer.zero_grad()
-        (loss(train[rng.integers(len(train), size=batch_size)]) + penalty()).backward()
+        loss(train[rng.integers(len(train), size=batch_size)]).backward()
         optimizer.step()
         if update % CHECK_EVERY == 0 or update == updates:
             with torch.no_grad():
@@ -190,8 +174,7 @@ def fit(module: nn.Module, loss, penalty, split, batch_size, updates, learning_r
 def mujoco(args: MujocoArgs, state: dict) -> None:
     """All three stages, or what is left of them after the checkpoint `state`."""
     with read.input_errors():  # around set-up: what is wrong with the input is said in one line
-        may_be_zero = "seed gradient_penalty critic_warmup_steps kl_coefficient"
-        read.check_numbers(args, may_be_zero, unchecked="reward_range")
+        read.check_numbers(args, "seed critic_warmup_steps kl_coefficient", "reward_range")
         low, high = args.reward_range or (0.0, 1.0)
         if args.gamma >= 1 or args.tau > 1 or not -math.inf < low < high < math.inf:
             raise ValueError("--gamma must be below 1, --tau at most 1, --reward-range ascending")
@@ -282,7 +265,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             return -log_likelihood(actor, obs[steps], actions[steps]).mean()
 
         schedule = args.bc_batch_size, args.bc_updates, args.bc_learning_rate, args.anneal
-        kept, loss = fit(actor, cloning_loss, lambda: 0.0, split, *schedule, rng)
+        kept, loss = fit(actor, cloning_loss, split, *schedule, rng)
         row = {"bc/updates": kept, "bc/held_out_log_likelihood": -loss}
         with torch.no_grad():
             actor.net[0].weight /= std  # from here on the policy sees observations as they are
@@ -294,19 +277,14 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         print(f"cloned policy: true return {row['eval/return_mean']:.0f}")
         record(row)
 
-    # =================== 2. REWARD MODEL: θ = argmax_θ L2(θ), (11), over preferences, kept smooth
+    # ================ 2. REWARD MODEL: θ = argmax_θ L2(θ), (11), over preferences (τ_l ≺ τ_w) ~ P
     if len(log) == 1 and not args.evaluate:
-        steps = [side[pair_split[0]].flatten(0, 1) for side in segments]
 
         def preference_loss(pairs) -> Tensor:
             return -preference_log_likelihood(reward, *(side[pairs] for side in segments))
 
-        def penalty() -> Tensor:
-            points = between(*steps, PENALTY_POINTS, rng)
-            return args.gradient_penalty * slope_penalty(reward, points)
-
         schedule = args.preference_batch_size, args.reward_updates, args.reward_learning_rate
-        kept, loss = fit(reward, preference_loss, penalty, pair_split, *schedule, args.anneal, rng)
+        kept, loss = fit(reward, preference_loss, pair_split, *schedule, args.anneal, rng)
         row = {"reward/updates": kept, "reward/held_out_loss": loss}
         with torch.no_grad():
             preferred, other = (reward(side[pair_split[1]]).sum(-1) for side in segments)

@@ -37,7 +37,7 @@ BUDGETS = {  # lines, at most
     "aihf_sac_mujoco.py": 520,
     "aihf_ppo_llm.py": 637,
     "aihf_dpo_llm.py": 460,
-    "rlhf_baseline.py": 1146,
+    "rlhf_baseline.py": 1124,
     "data_gen/read.py": 465,
     "benchmark/plot.py": 90,
 }
@@ -123,10 +123,7 @@ TRAININGS = {  # their arguments, and which numbers may be 0
         f"{TEXTS} demo_weight preference_weight reward_penalty kl_coefficient",
     ),
     "aihf_dpo_llm": ("Args", f"{TEXTS} demo_weight preference_weight"),
-    "rlhf_baseline mujoco": (
-        "MujocoArgs",
-        "seed gradient_penalty critic_warmup_steps kl_coefficient",
-    ),
+    "rlhf_baseline mujoco": ("MujocoArgs", "seed critic_warmup_steps kl_coefficient"),
     "rlhf_baseline llm": ("LlmArgs", f"{TEXTS} kl_coefficient"),
 }
 
@@ -287,7 +284,7 @@ TUNED = {  # defaults that the results rest on
     ("rlhf_baseline", "MujocoArgs"): """kl_coefficient 10  critic_warmup_steps 10000
     held_out_share 0.1  bc_updates 7000  bc_learning_rate 1e-3  reward_updates 3000
     bc_batch_size 256  preference_batch_size 64  batch_size 256
-    reward_learning_rate 3e-4  learning_rate 1e-4  gradient_penalty 1000""",
+    reward_learning_rate 3e-4  learning_rate 1e-4""",
     ("aihf_ppo_llm", "Args"): """demo_weight 1  preference_weight 3  response_memory 10
     reward_penalty 0.3  reward_updates_per_iteration 10  policy_steps_per_iteration 5
     reward_learning_rate 1e-3  learning_rate 1e-4  value_learning_rate 3e-4  ppo_steps 60
