@@ -4,7 +4,7 @@
     python benchmark/figure3.py                                # needs pip install -e '.[plot]'
 
 adds what it finds in runs/ to results/figure3.csv (a row an evaluation) and
-results/figure3_runs.csv (a row a run, of every variant), draws figures/figure3*.png from these and
+results/figure3_runs.csv (a row a run), draws figures/figure3*.png from these and
 prints the tables of benchmark/README.md. Runs that are no longer in runs/ keep their rows.
 """
 
@@ -24,6 +24,7 @@ COLORS = {
     "aihf": "tab:orange",
     "rlhf": "tab:blue",
     "rlhf-no-kl": "tab:cyan",
+    "rlhf-kl-1": "tab:olive",
     "demonstrations-only": "tab:purple",
     "preferences-only": "tab:red",
     "bc": "tab:green",
@@ -45,20 +46,21 @@ def collect(runs: Path) -> tuple[list[dict], list[dict]]:
         if not rows:
             continue
         by_method = {method: [row for row in rows if float(row["charts/sac_steps"]) > 0]}
-        if method == "rlhf" and variant.startswith(("default", "demos")):  # its own clone
+        if method == "rlhf":
             by_method["bc"] = rows[:1]
         for which, rows in by_method.items():
-            run, last = {"env": env, "method": which, "seed": seed}, rows[-1]
+            run = {"env": env, "method": which, "variant": variant, "seed": seed}
+            table = [{name: row[metric] for name, metric in METRICS.items()} for row in rows]
+            curves += [run | row for row in table]
+            if which == "bc" and not variant.startswith(("default", "demos")):
+                continue  # cloned from the demonstrations of the default
+            last = rows[-1]
             best = max(float(row["eval/return_mean"]) for row in rows)
             final = {"sac_steps": last["charts/sac_steps"], "final": last["eval/return_mean"]}
             final |= {"best": f"{best}"}
             metrics = "eval/reward_correlation charts/wall_seconds reward/preference_accuracy"
             final |= {name.split("/")[1]: last.get(name, "") for name in metrics.split()}
-            order = {"env": env, "method": which, "variant": variant, "seed": seed}
-            finals.append(order | final)
-            if variant == "default":
-                table = [{name: row[metric] for name, metric in METRICS.items()} for row in rows]
-                curves += [run | row for row in table]
+            finals.append(run | final)
     return curves, finals
 
 
@@ -99,7 +101,7 @@ def draw_curves(curves: list[dict], envs: list[str], methods: tuple[str, ...], p
         for method in methods:
             points: dict[float, list[float]] = {}
             for row in curves:
-                if (row["env"], row["method"]) == (env, method):
+                if (row["env"], row["method"], row["variant"]) == (env, method, "default"):
                     points.setdefault(by_steps(row), []).append(float(row["return_mean"]))
             if not points:
                 continue
@@ -156,7 +158,7 @@ def draw_sweeps(finals: list[dict], path: Path) -> None:
 
 if __name__ == "__main__":
     new_curves, new_finals = collect(ROOT / "runs")
-    curves = merge(CURVES, new_curves, ("env", "method", "seed"), by_steps)
+    curves = merge(CURVES, new_curves, ("env", "method", "variant", "seed"), by_steps)
     finals = merge(RUNS, new_finals, ("env", "method", "variant", "seed"), by_steps)
     print(table(finals))
     figures = ROOT / "benchmark/figures"

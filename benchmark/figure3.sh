@@ -4,7 +4,7 @@
 #     bash benchmark/figure3.sh [1|2|3|4|5]     one part only; then: python benchmark/figure3.py
 # 1: RLHF on three robots.  2: what each source of data gives.  3: fewer and worse preferences.
 # 4: RLHF as we read the paper's, without a KL penalty to the clone or demonstrations in its replay: plain SAC.
-# 5: fewer demonstrations, 2 episodes instead of 10.
+# 5: fewer demonstrations, 2 episodes instead of 10, and two controls: a weaker KL penalty, no preferences.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -25,7 +25,8 @@ runs() { # lines: env, method, variant, seed
       4) for env in Hopper-v4 HalfCheetah-v4 Walker2d-v4; do echo "$env rlhf-no-kl default $seed"; done ;;
       5) for env in Hopper-v4 Walker2d-v4; do
            for method in aihf rlhf; do echo "$env $method demos2 $seed"; done
-         done ;;
+         done
+         for method in rlhf-kl-1 demonstrations-only; do echo "Walker2d-v4 $method demos2 $seed"; done ;;
     esac
   done
 }
@@ -34,6 +35,7 @@ run() { # env method variant seed
   local name=figure3__$1__$2__$3__$4 script=aihf_sac_mujoco.py data=data_gen/assets/mujoco/$1 flags=()
   case $2 in rlhf*) script="rlhf_baseline.py mujoco" ;; esac
   [ "$2" = rlhf-no-kl ] && flags=(--kl-coefficient 0 --learning-rate 1e-3 --demos-in-replay False)
+  [ "$2" = rlhf-kl-1 ] && flags=(--kl-coefficient 1)
   [ "$2" = demonstrations-only ] && flags=(--preference-weight 0)
   [ "$2" = preferences-only ] && flags=(--demo-weight 0)
   case $3 in share* | flip* | demos*) data=runs/figure3_data/$1__$3 ;; esac
