@@ -116,7 +116,7 @@ def summarise(rows: list[dict]) -> str:
             lines.append(
                 f"| {env} | {seed} | {steps / 1000:.0f}k | {final:.0f} ± {std:.0f} | "
                 f"{returns.max():.0f} | {returns[len(returns) // 2 :].min():.0f} | "
-                f"{final / demo:.0%} ({demo:.0f}) | "
+                f"{final / demo:.1%} ({demo:.0f}) | "
                 f"{'yes' if final > medium else 'no'} ({medium:.0f}) | "
                 f"{accuracy:.2f} | {loss:.2f} | {gap:.1%} | {seconds / 60:.0f} |"
             )

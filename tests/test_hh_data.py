@@ -201,10 +201,8 @@ def test_divide():
     "flags, fragment",
     [
         ({"batch_size": 0}, "--batch-size"),
-        ({"preferences": -1}, "--preferences"),
         ({"demonstrations": -1}, "--demonstrations"),
         ({"demonstrations": 25}, "too few"),
-        ({"seed": 2**64}, "--seed"),
         ({"reward_model": ""}, "--reward-model"),
         ({"reward_model": "./no/such/model"}, "no/such/model"),
         ({"split": "test"}, "test.jsonl"),

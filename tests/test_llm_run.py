@@ -179,9 +179,8 @@ def world(tmp_path_factory) -> Path:
         save_model(folder / name, "gpt2", byte_level(["<|endoftext|>"]), **gpt2)
     llama = sizes | {"num_key_value_heads": 2, "max_position_embeddings": 96}
     save_model(folder / "llama", "llama", metaspace(["<unk>", "<s>", "</s>"]), "<s> $A", **llama)
-    for name, classes in (("neox", "CausalLM"), ("neox_judge", "SequenceClassification")):
-        neox = sizes | {"max_position_embeddings": 96}
-        save_model(folder / name, "gpt_neox", byte_level(["<|endoftext|>"]), "", classes, **neox)
+    neox = sizes | {"max_position_embeddings": 96}
+    save_model(folder / "neox", "gpt_neox", byte_level(["<|endoftext|>"]), **neox)
     roberta = sizes | {"max_position_embeddings": 66, "head": "SequenceClassification"}
     special = byte_level(["<s>", "<pad>", "</s>"])
     save_model(folder / "roberta", "roberta", special, "<s> $A </s>", **roberta)
@@ -569,6 +568,8 @@ def test_what_processes_cannot_share_is_refused(script, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: None)
     args = replace(arguments(script), threads=1, cuda=False)
+    torch.set_autocast_cache_enabled(True)  # as they are in a process of its own
+    torch.backends.cuda.enable_cudnn_sdp(True)
     assert script.module.start_processes(args)[1] == 4
     assert not torch.is_autocast_cache_enabled() and not torch.backends.cuda.cudnn_sdp_enabled()
     for name in (*names, *(["batch_size"] if not names else []), "eval_prompts"):
@@ -1000,7 +1001,7 @@ BAD = {  # flags, or what makes them of the world and a folder; the line. More o
     "recurrent": (policy_of("Mamba", state_size=4), "Mamba is recurrent"),
     "other vocabulary": (lambda world, _: ["--sft-model-path", world / "llama"], "vocabular"),
     "zero": (["--batch-size", 0], "--batch-size"),
-    "threads": (["--threads", 10**11], ""),
+    "threads": (["--threads", 10**11], "Overflow"),
     "unwritable": (lambda world, _: ["--runs-dir", world / "prompts.jsonl"], "prompts.jsonl"),
 }
 BAD_PPO = {  # of the scripts that have these flags

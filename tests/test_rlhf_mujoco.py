@@ -307,13 +307,6 @@ def test_defaults_follow_from_the_robot(tmp_path, data, monkeypatch, script):
     assert asked == [falls, does_not, (5, (-2.0, 1.0), True)]
 
 
-def test_help(tmp_path):
-    code, out, _ = run_script(rlhf, ["--help"], tmp_path)
-    assert code == 0 and "mujoco" in out
-    code, out, _ = run_script(rlhf, ["mujoco", "--help"], tmp_path)
-    assert code == 0 and "--critic-warmup-steps" in out and "may be" not in out
-
-
 # ---------------------------------------------------------------------------- repeated on purpose
 IDENTICAL = """mlp Reward Actor Critics init_sac adam_ compile_update make_env
 play evaluate""".split()

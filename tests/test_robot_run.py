@@ -423,11 +423,16 @@ def rescaled():
 gym.register("Rescaled-v0", rescaled, max_episode_steps=12)
 
 
-def test_actions_are_read_in_the_bounds_that_a_user_of_the_robot_sees(data, tmp_path):
-    path = Path(shutil.copy(data / "high.npz", tmp_path))
-    save_arrays(path, actions=(actions := np.load(path)["actions"] / 2))
-    found = read.episodes(path, aihf.make_env("Rescaled-v0").env).actions
-    np.testing.assert_allclose(found, actions, atol=1e-6)
+@both
+def test_actions_are_read_in_the_bounds_that_a_user_sees(tmp_path, data, monkeypatch, script):
+    halves = Path(shutil.copytree(data, tmp_path / "halves"))
+    for path in halves.glob("*.npz"):
+        save_arrays(path, actions=np.load(path)["actions"] / 2)
+    found, episodes = [], read.episodes
+    monkeypatch.setattr(read, "episodes", lambda *x: found.append(episodes(*x)) or found[-1])
+    run(script, tmp_path, halves, "--env", "Rescaled-v0")
+    expected = np.load(halves / "high.npz")["actions"]
+    np.testing.assert_allclose(found[0].actions, expected, atol=1e-6)
 
 
 @both
@@ -500,7 +505,7 @@ BAD_RUNS = {  # a change of its checkpoint, flags, and what the message has to s
     "without a network": (lambda s: s["reward"].clear(), "", "Reward"),
     "of a foreign argument": (lambda s: s["args"].update(x=1), "", "'x'"),
     "of other networks": (lambda s: None, "--hidden 9", "size"),
-    "of more steps": (lambda s: None, "--total-timesteps 100", ""),
+    "of more steps": (lambda s: None, "--total-timesteps 100", "more than --total-timesteps"),
     "of other data": (lambda s: s.update(data_hash="0"), "", "other data"),
 }
 
