@@ -195,7 +195,8 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         data_hash = read.fingerprint(*(x for tier in tiers.values() for x in tier), pairs)
         demos = tiers["high"]
         episode_split = hold_out(len(demos.lengths), args.held_out_share, rng)
-        pair_split = hold_out(len(pairs), args.held_out_share, rng)
+        pair_rng = np.random.default_rng([args.seed, 1])  # cloning draws the same of fewer pairs
+        pair_split = hold_out(len(pairs), args.held_out_share, pair_rng)
 
         actor = Actor(obs_dim, act_dim, args.hidden).to(device)
         # Evaluated: averaged weights; the last tenth counts for 65 % (Shamir and Zhang 2013)

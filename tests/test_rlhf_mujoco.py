@@ -141,14 +141,14 @@ def slow_rlhf(a: rlhf.MujocoArgs, folder: Path):
     def scores():
         return slow.scores(helpers.mean_policy(policies), r, a.eval_episodes)
 
-    def split(count):
+    def split(count, rng):
         order, held_out = rng.permutation(count), max(1, round(a.held_out_share * count))
         return order[:-held_out], order[-held_out:]
 
     pairs = slow.pairs(folder, tiers, features, a.segment_length)
     demos, step, iteration, policies = tiers["high"], 0, 0, []
-    known = len(replay)
-    episode_split, pair_split = split(len(demos)), split(len(pairs))
+    known, pair_rng = len(replay), np.random.default_rng([a.seed, 1])
+    episode_split, pair_split = split(len(demos), rng), split(len(pairs), pair_rng)
 
     def state(**row):
         counts = {"charts/iteration": iteration, "charts/sac_steps": step, "charts/env_steps": step}
