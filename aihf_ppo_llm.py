@@ -256,11 +256,12 @@ def main() -> None:
             # ================ SAMPLE: τ ~ D, τ' ~ π_k and earlier ones, (τ_l ≺ τ_w) ~ P
             size = args.reward_updates_per_iteration * args.reward_batch_size  # of all updates
             indices = read.draw(len(demos), size, k, (args.seed, 1))  # 1 to 6: one stream a use
-            asked = [demo_prompt_ids[i] for i in indices]
             rng, responses = np.random.default_rng([args.seed, 3, k]), []
             for part in read.parts(0, size, args.eval_prompts):  # as many as evaluation at once
-                responses += policy.sample(asked[part], rng)[-1]
+                responses += policy.sample([demo_prompt_ids[i] for i in indices[part]], rng)[-1]
             fresh = [demos[i][0] + y for i, y in zip(indices, responses)]
+            if step == 0 and reward.has_head:  # a trained reward begins with mean 0 on π_0's text
+                reward.offset += gather(in_parts(reward.score, args, share(fresh))).mean()
             memory = [*memory, *zip(indices, fresh)][-args.response_memory * size :]  # (i of D, τ')
             order = np.random.default_rng([args.seed, 4, k]).permutation(len(memory))
             recalled = share([memory[j] for j in order[:size]])  # τ' of g1: all policies alike
@@ -485,11 +486,13 @@ class Scorer(nn.Module):
             if self.is_decoder:
                 positions = (mask.cumsum(-1) - 1).clamp(min=0)
                 inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-                logits = self.model.score(self.model.base_model(**inputs, use_cache=False)[0])
+                hidden = self.model.base_model(**inputs, use_cache=False)[0]
             else:  # BERT and its like read the whole text at once
                 ids = ids.masked_fill(mask == 0, self.model.config.pad_token_id or 0)
                 logits = self.model(input_ids=ids, attention_mask=mask).logits
                 logits = logits[:, None].expand(-1, ids.shape[1], -1)
+        if self.is_decoder:  # not in bfloat16, which would round R
+            logits = self.model.score(hidden.float())
         first = logits[..., 0].float() if logits.shape[-1] == 2 else 0.0  # two outputs: log-odds
         return logits[..., -1].float() - first - self.offset
 

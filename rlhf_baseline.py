@@ -968,11 +968,13 @@ class Scorer(nn.Module):
             if self.is_decoder:
                 positions = (mask.cumsum(-1) - 1).clamp(min=0)
                 inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-                logits = self.model.score(self.model.base_model(**inputs, use_cache=False)[0])
+                hidden = self.model.base_model(**inputs, use_cache=False)[0]
             else:  # BERT and its like read the whole text at once
                 ids = ids.masked_fill(mask == 0, self.model.config.pad_token_id or 0)
                 logits = self.model(input_ids=ids, attention_mask=mask).logits
                 logits = logits[:, None].expand(-1, ids.shape[1], -1)
+        if self.is_decoder:  # not in bfloat16, which would round R
+            logits = self.model.score(hidden.float())
         first = logits[..., 0].float() if logits.shape[-1] == 2 else 0.0  # two outputs: log-odds
         return logits[..., -1].float() - first - self.offset
 

@@ -15,6 +15,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from llm import plus_minus
 from main_job import ENVS, METRICS, ROOT, by_steps, finished, merge, tiers
 from plot import TIERS
 
@@ -84,8 +85,8 @@ def table(finals: list[dict]) -> str:
         if not len(final):
             continue
         share = final.mean() / tiers(group[0])["high"]["return_mean"]
-        cells = [*group, len(final), f"{final.mean():.0f} ± {final.std():.0f}", f"{share:.0%}"]
-        cells += [f"{best.mean():.0f} ± {best.std():.0f}", f"{correlation.mean():.2f}"]
+        cells = [*group, len(final), plus_minus(final, 0), f"{share:.0%}"]
+        cells += [plus_minus(best, 0), f"{correlation.mean():.2f}"]
         if group[1] == "bc":  # evaluated once, and has no reward
             cells[-2:] = "", ""
         lines.append(f"| {' | '.join(map(str, cells))} | {seconds.mean() / 60:.0f} |")

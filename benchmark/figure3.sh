@@ -27,12 +27,14 @@ runs() { # lines: env, method, variant, seed
            for method in aihf rlhf; do echo "$env $method demos2 $seed"; done
          done
          for method in rlhf-kl-1 demonstrations-only; do echo "Walker2d-v4 $method demos2 $seed"; done ;;
+      *) echo "no part $1" >&2; exit 2 ;;
     esac
   done
 }
 
 run() { # env method variant seed
   local name=figure3__$1__$2__$3__$4 script=aihf_sac_mujoco.py data=data_gen/assets/mujoco/$1 flags=()
+  grep -q "final true return" "runs/$name.log" 2>/dev/null && return # finished
   case $2 in rlhf*) script="rlhf_baseline.py mujoco" ;; esac
   [ "$2" = rlhf-no-kl ] && flags=(--kl-coefficient 0 --learning-rate 1e-3 --demos-in-replay False)
   [ "$2" = rlhf-kl-1 ] && flags=(--kl-coefficient 1)
@@ -56,4 +58,4 @@ for name in Hopper-v4__{share0.1,share0.3,flip0.1,flip0.3,demos2} HalfCheetah-v4
   [ -e "$folder" ] || python benchmark/figure3_data.py --env "${name%__*}" "--$flag" "$amount" --output-dir "$folder"
 done
 for part in ${1:-1 2 3 4 5}; do runs "$part"; done |
-  xargs -P "${JOBS:-2}" -L 1 bash -c 'run "$@" >>"runs/figure3__$1__$2__$3__$4.log" 2>&1' _
+  xargs -r -P "${JOBS:-2}" -L 1 bash -c 'run "$@" >>"runs/figure3__$1__$2__$3__$4.log" 2>&1' _

@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 runs() { # lines: method, demonstrations, preferences, seed
   local seed size method line
   case $1 in
-    6) for method in aihf-ppo rlhf aihf-dpo dpo random aihf-ppo-sft aihf-dpo-sft; do echo "$method 1000 1000"; done ;;
+    6 | 8) for method in aihf-ppo rlhf aihf-dpo dpo random aihf-ppo-sft aihf-dpo-sft; do echo "$method 1000 1000"; done ;;
     7) for size in "1000 1000" "1000 100" "1000 1000flip0.3" "100 1000" "1000 3000" "3000 1000" "1000 300" \
          "300 1000" "1000 1000flip0.1"; do # beside those of 6
          echo "rlhf $size"; echo "aihf-ppo $size"
@@ -24,6 +24,7 @@ runs() { # lines: method, demonstrations, preferences, seed
         for size in "1000 1000" "1000 2000" "1000 3000"; do
           echo "dpo $size"; echo "aihf-dpo $size"
         done ;;
+    *) echo "no figure $1" >&2; exit 2 ;;
   esac | while read -r line; do
     for seed in ${SEEDS:-1 2 3}; do echo "$line $seed"; done
   done

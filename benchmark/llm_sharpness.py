@@ -6,15 +6,13 @@ temperatures, with the entropy and the variety of what they write, and a second 
     python benchmark/llm_sharpness.py smollm2     # those of smollm2.sh, which makes both judges
 
 (needs `pip install -e '.[plot]'`) adds a row to results/llm_sharpness.csv (smollm2_sharpness.csv)
-for each finished run in runs/ and each temperature; rows that are there are kept, so delete those
-of a run made anew. They are of responses to the held-out prompts that the runs were evaluated on:
-the ground truth, the score of a judge that praise alone pleases, the entropy in nats a response,
-the share of different word pairs, and the perplexity under the base model. SFT is RLHF's; the base
-model and the demonstrations stand beside them. Prints a table, which benchmark/README.md has in
-part. Without the second judge its column is empty.
+for each finished run in runs/ and each temperature. They are of responses to the held-out prompts
+that the runs were evaluated on: the ground truth, the score of a judge that praise alone pleases,
+the entropy in nats a response, the share of different word pairs, and the perplexity under the base
+model. SFT is RLHF's; the base model and the demonstrations stand beside them. Prints a table, which
+benchmark/README.md has in part. Without the second judge its column is empty.
 """
 
-import csv
 import sys
 from pathlib import Path
 
@@ -110,22 +108,20 @@ def main() -> None:
         models = {"model_name_or_path": f"runs/{name}", "ground_truth_path": f"runs/{name}_judge"}
         args = Settings(**models, **data)
         gameable = folder / f"{name}_gameable_judge"
-    judges = {"gt_score": Scorer(str(ROOT / args.ground_truth_path), args, True).to(device)}
-    if gameable.exists():
-        judges["gameable_score"] = Scorer(str(gameable), args, True).to(device)
-    base = Policy(str(ROOT / args.model_name_or_path), args).to(device)
-    prompts = [x for (x,) in read.rows(str(ROOT / args.prompts), "prompt")][-args.eval_prompts :]
-    text = rows_path.read_text(encoding="utf-8") if rows_path.exists() else ""
-    known = [tuple(row[key] for key in KEYS) for row in csv.DictReader(text.splitlines())]
+    with read.input_errors():
+        judges = {"gt_score": Scorer(str(ROOT / args.ground_truth_path), args, True).to(device)}
+        if gameable.exists():
+            judges["gameable_score"] = Scorer(str(gameable), args, True).to(device)
+        base = Policy(str(ROOT / args.model_name_or_path), args).to(device)
+        prompts = [x for (x,) in read.rows(str(ROOT / args.prompts), "prompt")]
+        prompts = prompts[-args.eval_prompts :]
     todo = {("base", "", "", ""): ROOT / args.model_name_or_path} | policies(folder, name)
     new = []
     for run, path in todo.items():
-        keys = [(*run, str(temperature)) for temperature in TEMPERATURES]
-        if keys := [key for key in keys if key not in known]:
-            policy = Policy(str(path), args).to(device)
-        for key in keys:
-            row = measure(policy, base, judges, prompts, float(key[-1]))
-            new.append(dict.fromkeys(MEASURES, "") | dict(zip(KEYS, key)))
+        policy = Policy(str(path), args).to(device)
+        for temperature in TEMPERATURES:
+            row = measure(policy, base, judges, prompts, temperature)
+            new.append(dict.fromkeys(MEASURES, "") | dict(zip(KEYS, (*run, str(temperature)))))
             new[-1] |= {column: f"{value:.5g}" for column, value in row.items()}
             print(new[-1], flush=True)
     demos = read.rows(str(ROOT / args.demonstrations), "prompt completion", 256)

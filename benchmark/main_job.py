@@ -9,6 +9,7 @@ Runs whose folders are gone keep their rows of the committed main_job.csv.
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -56,11 +57,16 @@ def numbers(row: dict, args: dict) -> dict:
 
 def merge(path: Path, new: list[dict], keys: tuple[str, ...], order=lambda row: 0) -> list[dict]:
     """Write the file's rows, those of the same run replaced by the new ones, back to it; returns
-    them, sorted by keys and then by order."""
+    them, sorted by keys and then by order. Says how many stay: they are of other runs, perhaps of
+    another machine and, if judges and data are made anew, of another judge."""
     replaced = {tuple(row[key] for key in keys) for row in new}
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     rows = list(csv.DictReader(text.splitlines()))
-    rows = [row for row in rows if tuple(row[key] for key in keys) not in replaced] + new
+    rows = [row for row in rows if tuple(row[key] for key in keys) not in replaced]
+    print(
+        f"{path.name}: {len(new)} rows are of runs/, {len(rows)} stay as they were", file=sys.stderr
+    )
+    rows += new
     rows.sort(key=lambda row: (*(row[key] for key in keys), order(row)))
     columns = dict.fromkeys(key for row in rows for key in row)
     with open(path, "w", newline="", encoding="utf-8") as file:

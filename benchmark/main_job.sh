@@ -6,6 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 run() { # env seed
   local folder=runs/main_job__$1__$2
+  grep -q "final true return" "$folder.log" 2>/dev/null && return # finished
   if [ -e "$folder/checkpoint.pt" ]; then
     python aihf_sac_mujoco.py --resume "$folder"
   else

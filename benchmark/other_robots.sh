@@ -6,6 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 run() { # env, SAC steps of the expert, other flags for the data
   local data=runs/other_robots_data__$1 folder=runs/other_robots__$1__1
+  grep -q "final true return" "$folder.log" 2>/dev/null && return # finished
   [ -e "$data/manifest.json" ] ||
     python data_gen/mujoco_data.py --env "$1" --total-timesteps "$2" --output-dir "$data" "${@:3}" ||
     return

@@ -41,7 +41,7 @@ from pathlib import Path
 from statistics import median
 
 import tyro
-from llm_speed import ROOT, run, write_table
+from llm_speed import ROOT, on_one_core, run, write_table
 
 sys.path.insert(0, str(ROOT))
 from data_gen import read
@@ -53,10 +53,9 @@ OURS, OTHERS = ("aihf", "aihf-lower-level"), ("sb3", "sbx", "sb3-blocks", "sbx-b
 TURNS = ("aihf", "sb3", "sbx", "aihf-lower-level", "sb3-blocks", "sbx-blocks", "floor")
 COLUMNS = ("library", "round", "steps_per_second")
 ONE_THREAD = {
-    **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
+    **dict.fromkeys(("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
     "JAX_PLATFORMS": "cpu",
-    "CUDA_VISIBLE_DEVICES": "",
 }
 
 
@@ -207,8 +206,7 @@ if __name__ == "__main__":
         if args.rounds < 1 or args.steps < 10 * BLOCK or args.steps % alignment:
             raise ValueError("--rounds must be above 0, --steps k · 5000, or k · 50 from 500 on")
         os.environ.update(ONE_THREAD)  # this and the core are handed down to every measurement
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        on_one_core()
 
     packages = ("torch", "stable_baselines3", "sbx-rl", "jax", "gymnasium", "mujoco")
     print(

@@ -21,7 +21,6 @@ about Lemma 5.1:
   anything else.
 """
 
-import csv
 import sys
 from functools import partial
 from pathlib import Path
@@ -34,6 +33,7 @@ from torch import Tensor
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from llm_speed import write_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aihf_sac_mujoco import demonstration_gap, preference_log_likelihood, step_weights
@@ -386,16 +386,10 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def write(path: Path, rows: list[dict]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow(
-                {
-                    key: f"{value:.6g}" if isinstance(value, float) else value
-                    for key, value in row.items()
-                }
-            )
+    rounded = [
+        {k: f"{x:.6g}" if isinstance(x, float) else x for k, x in row.items()} for row in rows
+    ]
+    write_table(path, rounded)
 
 
 def summary(rows: list[dict], key: str) -> str:
