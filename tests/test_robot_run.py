@@ -236,14 +236,8 @@ def test_kill_and_resume(tmp_path, data, plain, script, function, call, by, rows
 def test_iterations_with_more_falls_are_not_averaged(tmp_path, data, monkeypatch, script):
     """Than the fewest in ten, by step: of one, the last before the run is carried on, 11 steps.
     A first policy counts whatever it did. With these seeds nine or eleven would not do."""
-    flags = [
-        "--policy-steps-per-iteration",
-        20,
-        "--eval-every",
-        100,
-        "--seed",
-        15 if script is RLHF else 13,
-    ]
+    seed = 15 if script is RLHF else 13
+    flags = ["--policy-steps-per-iteration", 20, "--eval-every", 100, "--seed", seed]
     policies, update = [], AveragedModel.update_parameters
 
     def noting_update(averaged, actor):
