@@ -951,10 +951,10 @@ class Scorer(nn.Module):
         self.model, self.tokenizer = load("SequenceClassification", name, args, **new_head)
         if trained and not self.has_head or self.model.config.num_labels > 2:
             raise ValueError(f"{name} has no trained head of one or two outputs: no reward model")
-        self.args = replace(args, dtype="float32") if trained else args  # a judge is exact
         self.vocabulary = self.tokenizer.get_vocab()
         self.prefix, self.suffix = read.special_tokens(self.tokenizer)
         self.is_decoder = hasattr(self.model, "score")  # a linear head, as GPT-2 and Llama have
+        self.args = replace(args, dtype="float32") if trained or not self.is_decoder else args
         embeddings = getattr(self.model.base_model, "embeddings", None)
         unused = getattr(embeddings, "padding_idx", -1) + 1  # RoBERTa's positions begin after it
         limit = getattr(self.model.config, "max_position_embeddings", None) or 10**6
@@ -973,7 +973,7 @@ class Scorer(nn.Module):
                 ids = ids.masked_fill(mask == 0, self.model.config.pad_token_id or 0)
                 logits = self.model(input_ids=ids, attention_mask=mask).logits
                 logits = logits[:, None].expand(-1, ids.shape[1], -1)
-        if self.is_decoder:  # not in bfloat16, which would round R
+        if self.is_decoder:  # bfloat16 would round R; judges and encoders do without
             logits = self.model.score(hidden.float())
         first = logits[..., 0].float() if logits.shape[-1] == 2 else 0.0  # two outputs: log-odds
         return logits[..., -1].float() - first - self.offset
