@@ -7,7 +7,7 @@ al., arXiv 2406.06874: Sections 3.1, 6.1 and 6.2. Equation numbers are the paper
     python rlhf_baseline.py llm
 
 Each learns from the data of aihf_sac_mujoco.py or aihf_ppo_llm.py, with the same networks and as
-many steps of SAC (17 to 37 minutes) or PPO (7), writes runs/<run_name>/ and prints the true return
+many steps of SAC (11 to 33 minutes) or PPO (7), writes runs/<run_name>/ and prints the true return
 or the ground-truth score, which nothing else reads. torchrun shards language models (FSDP2).
 
 To be a strong baseline (benchmark/tuning/rlhf.md) it differs from the paper in r's bounds, averaged
@@ -195,7 +195,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         data_hash = read.fingerprint(*(x for tier in tiers.values() for x in tier), pairs)
         demos = tiers["high"]
         episode_split = hold_out(len(demos.lengths), args.held_out_share, rng)
-        pair_rng = np.random.default_rng([args.seed, 1])  # cloning draws the same of fewer pairs
+        pair_rng = np.random.default_rng([args.seed, 1])  # cloning does not depend on pairs
         pair_split = hold_out(len(pairs), args.held_out_share, pair_rng)
 
         actor = Actor(obs_dim, act_dim, args.hidden).to(device)
