@@ -135,12 +135,6 @@ class Reward(nn.Module):
         return self.low + width * torch.sigmoid(4 / width * self.net(x).squeeze(-1))
 
 
-def preference_log_likelihood(reward, preferred: Tensor, other: Tensor) -> Tensor:
-    """L2, (11): mean log σ(R(τ_w) - R(τ_l)), AIHF's at temperature 1, over pairs of segments,
-    (pairs, steps, obs_dim + act_dim) each, R a sum (paper: discounted): ()."""
-    return F.logsigmoid((reward(preferred) - reward(other)).sum(-1)).mean()
-
-
 def hold_out(count: int, share: float, rng: np.random.Generator) -> list[Tensor]:
     """0 … count - 1 in random order: those to learn from, and those held out, at least one."""
     held_out = max(1, round(share * count))
@@ -262,8 +256,11 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         episode = np.repeat(np.arange(len(demos.lengths)), demos.lengths)  # of each step
         split = [np.flatnonzero(np.isin(episode, part)) for part in episode_split]
 
-        def cloning_loss(steps) -> Tensor:
-            return -log_likelihood(actor, obs[steps], actions[steps]).mean()
+        u = torch.atanh(actions.clamp(-1 + 1e-6, 1 - 1e-6))  # atanh(±1) is infinite
+
+        def cloning_loss(steps) -> Tensor:  # mean -log π(a|s), from the noise that leads to a
+            mean, log_std = actor.gaussian(obs[steps])
+            return -actor(obs[steps], (u[steps] - mean) / log_std.exp())[1].mean()
 
         schedule = args.bc_batch_size, args.bc_updates, args.bc_learning_rate, args.anneal
         kept, loss = fit(actor, cloning_loss, split, *schedule, rng)
@@ -281,8 +278,9 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
     # ================ 2. REWARD MODEL: θ = argmax_θ L2(θ), (11), over preferences (τ_l ≺ τ_w) ~ P
     if len(log) == 1 and not args.evaluate:
 
-        def preference_loss(pairs) -> Tensor:
-            return -preference_log_likelihood(reward, *(side[pairs] for side in segments))
+        def preference_loss(pairs) -> Tensor:  # -L2, (11), R(τ) a sum (paper: discounted)
+            preferred, other = (reward(side[pairs]) for side in segments)
+            return -F.logsigmoid((preferred - other).sum(-1)).mean()
 
         schedule = args.preference_batch_size, args.reward_updates, args.reward_learning_rate
         kept, loss = fit(reward, preference_loss, pair_split, *schedule, args.anneal, rng)
@@ -370,14 +368,6 @@ class Actor(nn.Module):
         return np.tanh(mean + np.exp(log_std) * noise)
 
 
-def log_likelihood(actor: Actor, obs: Tensor, actions: Tensor) -> Tensor:
-    """log π(a|s) (batch,) of actions (batch, act_dim) in [-1, 1], from the noise that leads there.
-    Those closer to ±1 than 1e-6 count as that close: atanh(±1) is infinite."""
-    mean, log_std = actor.gaussian(obs)
-    u = torch.atanh(actions.clamp(-1 + 1e-6, 1 - 1e-6))
-    return actor(obs, (u - mean) / log_std.exp())[1]
-
-
 def kl_divergence(actor: Actor, params: dict, cloned: dict, obs: Tensor) -> Tensor:
     """KL(π(·|s) ‖ π⁰(·|s)) of (4) in nats, (batch,), for an Actor with these parameters. tanh is
     one-to-one, so it is that of the two Gaussians, exactly; log π - log π⁰ of sampled actions is
@@ -431,8 +421,7 @@ def make_sac_update(actor, critics, gamma: float, tau: float, target_entropy, wa
     (4). π⁰ is the clone; with a target_entropy, which tunes β, π⁰ is uniform: SAC's own bonus."""
 
     def update(sac, learning_rate, obs, action, rewards, next_obs, terminated, noise) -> Tensor:
-        """A step on a batch; noise (2, batch, act_dim). Returns LOSSES, (6,); its KL lacks
-        a constant where π⁰ is uniform."""
+        """A step on a batch; noise (2, batch, act_dim). Returns LOSSES, (6,)."""
         sac["updates"]["count"].add_(1)
         beta = sac["beta"]["log"].exp()  # no graph: all of sac is detached
         policy_rate = learning_rate * (sac["updates"]["count"] > warm_up)  # 0: critics alone learn
@@ -597,10 +586,9 @@ class LlmArgs:
 
 PRESETS = {  # the paper's models and Table 2, else our guess; the user's own flags win
     "imdb": """--model-name-or-path gpt2 --ground-truth-path lvwerra/distilbert-imdb
-        --num-demonstrations 0 --num-preferences 0 --sft-learning-rate 1e-5
-        --reward-learning-rate 1e-5 --reward-batch-size 128 --kl-coefficient 0.05
-        --learning-rate 1.41e-5 --value-learning-rate 1.41e-5 --batch-size 256 --minibatch-size 64
-        --ppo-epochs 4 --ppo-steps 1000""",
+        --num-demonstrations 0 --num-preferences 0 --sft-learning-rate 1e-5 --ppo-steps 1000
+        --reward-learning-rate 1e-5 --reward-batch-size 128 --learning-rate 1.41e-5 --ppo-epochs 4
+        --value-learning-rate 1.41e-5 --batch-size 256 --minibatch-size 64""",
     # no ground truth: beaver-7b-v3.0-reward needs remote code, which is never run
     "hh": """--model-name-or-path EleutherAI/pythia-160m --reward-model-path EleutherAI/pythia-1.4b
         --ground-truth-path= --demonstrations runs/hh_data/demonstrations.jsonl
@@ -611,7 +599,7 @@ PRESETS = {  # the paper's models and Table 2, else our guess; the user's own fl
         --learning-rate 1e-6 --value-learning-rate 1e-6 --batch-size 4 --minibatch-size 4
         --micro-batch-size 4 --ppo-steps 24000 --eval-every 500 --checkpoint-every 500""",
 }
-HELD_OUT = ("loss", "chosen", "rejected", "margins", "accuracies")  # logged in stages 1 and 2
+HELD_OUT = ("loss", "chosen", "rejected", "accuracies")  # logged in stages 1 and 2
 
 
 # ------------------------------------------------------------------- the stages, in equations
@@ -624,11 +612,10 @@ def sft_losses(policy, demos: list[tuple[list[int], list[int]]]) -> Tensor:
 
 
 def preference_losses(reward, pairs: list[tuple[str, str, str]]) -> Tensor:
-    """-log σ(R(τ_w) - R(τ_l)) of (11), and what else is logged of held-out pairs: (rows, 5)."""
+    """-log σ(R(τ_w) - R(τ_l)) of (11), and what else is logged of held-out pairs: (rows, 4)."""
     texts = [pair[0] + pair[side] for side in (1, 2) for pair in pairs]
     chosen, rejected = reward.score(texts).chunk(2)
-    margins = chosen - rejected
-    return torch.stack([-F.logsigmoid(margins), chosen, rejected, margins, margins > 0], 1)
+    return torch.stack([-F.logsigmoid(chosen - rejected), chosen, rejected, chosen > rejected], 1)
 
 
 def token_rewards(log_ratio: Tensor, scores: Tensor, mask: Tensor, beta: float) -> Tensor:
@@ -789,9 +776,7 @@ def llm(args: LlmArgs, state: dict) -> None:
         stage, first_step = 3, 0
 
         if demos:  # R is free up to a constant: let demonstrations be worth 0 on average
-            responses = policy.texts.decode(demo_prompt_ids, completions)
-            texts = [prompt + y for (prompt, _), y in zip(demos, responses)]
-            reward.offset += in_parts(reward.score, args, texts).mean()
+            reward.offset += in_parts(reward.score, args, [x + y for x, y in demos]).mean()
         if critic_from_reward:
             value.load_state_dict(reward.state_dict())  # the critic begins as the reward
         record(0, evaluation(0), save=False)
@@ -1104,23 +1089,17 @@ def save_model(model, tokenizer, folder: Path) -> None:
 
 
 # ------------------------------------------------------------------------------- the command line
-def parse_args() -> tuple:
-    """Arguments: a given run's, those of a preset new to it, the flags; the run's checkpoint."""
-    robots = Annotated[MujocoArgs, tyro.conf.subcommand("mujoco")]
-    language = Annotated[LlmArgs, tyro.conf.subcommand("llm")]
-    args = tyro.cli(robots | language, description=__doc__.split("\n\n")[0])
-    kind, script = type(args), f"{SCRIPT} {sys.argv[1]}"
-    state = read.checkpoint(args.evaluate or args.resume, script, go_on=not args.evaluate)
-    given, preset = state.get("args", {}), getattr(args, "preset", "")
-    preset = PRESETS[preset].split() if preset not in ("", given.get("preset")) else []
-    args = tyro.cli(kind, default=kind(**given), args=preset + sys.argv[2:])
-    return args, state
-
-
 def main() -> None:
+    """Arguments: a given run's, those of a preset new to it, the flags."""
     with read.input_errors():
-        args, state = parse_args()
-    (llm if isinstance(args, LlmArgs) else mujoco)(args, state)
+        kinds = {"mujoco": MujocoArgs, "llm": LlmArgs}
+        args = tyro.extras.subcommand_cli_from_dict(kinds, description=__doc__.split("\n\n")[0])
+        kind, script = type(args), f"{SCRIPT} {sys.argv[1]}"
+        state = read.checkpoint(args.evaluate or args.resume, script, go_on=not args.evaluate)
+        given, preset = state.get("args", {}), getattr(args, "preset", "")
+        preset = PRESETS[preset].split() if preset not in ("", given.get("preset")) else []
+        args = tyro.cli(kind, default=kind(**given), args=preset + sys.argv[2:])
+    (llm if kind is LlmArgs else mujoco)(args, state)
 
 
 if __name__ == "__main__":

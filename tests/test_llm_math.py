@@ -1106,9 +1106,8 @@ def reference_rlhf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list]:
     def rewards(prompt: str, chosen: str, rejected: str) -> tuple[dict, int]:
         row = {name: reward_of(nets["reward"], prompt + text)
                for name, text in (("chosen", chosen), ("rejected", rejected))}  # fmt: skip
-        row["margins"] = row["chosen"] - row["rejected"]
-        row |= {"accuracies": (row["margins"] > 0).double(), "loss": -log_sigmoid(row["margins"])}
-        return row, 1
+        margin = row["chosen"] - row["rejected"]
+        return row | {"accuracies": (margin > 0).double(), "loss": -log_sigmoid(margin)}, 1
 
     def mean(loss, rows: list[tuple]) -> dict[str, torch.Tensor]:
         rows, counts = zip(*(loss(*row) for row in rows))
