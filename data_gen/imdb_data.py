@@ -117,6 +117,7 @@ class Tiers:
     learning_rate: float = 5e-5  # PPO's
     value_learning_rate: float = 3e-4  # that of its critic
     kl_coefficient: float = 0.05  # PPO's β
+    bf16: bool = False  # bfloat16 products of policies; on a CPU slow without avx512_bf16
 
 
 # ------------------------------------------------------------------------------------------ data
@@ -504,6 +505,7 @@ def train_policies(args: Tiers, work_dir: Path, prompts: int) -> dict[int, Path]
         --kl-coefficient {args.kl_coefficient} --max-prompt-length {args.prompt_tokens[1] + 1}
         --checkpoint-every 10 --eval-every 10
         --eval-prompts {max(1, min(128, prompts // 2))} --threads {args.threads}
+        --dtype {"bfloat16" if args.bf16 else "float32"}
         --runs-dir {work} --run-name ppo"""
     run, policies = work_dir / "ppo", {0: Path(args.model)}
     for step in args.ppo_steps:
@@ -550,7 +552,8 @@ def tiers(args: Tiers, device: torch.device, output_dir: Path, work_dir: Path) -
         texts = []
         for start in tqdm(range(0, len(asked), 100), desc=f"3/4 responses after {step} PPO steps"):
             batch, seed = asked[start : start + 100], [args.seed, step, start]
-            texts += continuations(policy, fast, batch, args.response_length, seed)
+            with torch.autocast(device.type, torch.bfloat16, args.bf16):
+                texts += continuations(policy, fast, batch, args.response_length, seed)
         responses.append(texts)
         whole = [prompt + text for prompt, text in zip(asked, texts)]
         its_scores = aihf_ppo_llm.in_parts(truth.score, settings, whole)

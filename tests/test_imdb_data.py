@@ -60,7 +60,7 @@ def execute(subcommand: str, folder: Path, **flags) -> tuple[int, str, str]:
     given |= {} if subcommand == "tiers" else {"checkpoint_every": 10}
     words = [subcommand]
     for name, value in (given | FLAGS[subcommand] | flags).items():
-        values = value if isinstance(value, tuple) else (value,)
+        values = value if isinstance(value, tuple) else () if value is True else (value,)
         words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return helpers.run_script(imdb_data, words, folder)
 
@@ -405,6 +405,7 @@ def test_tiers(tmp_path, monkeypatch, model, judge):
 
     def with_one_blank(*given):
         texts, (*_, prompts, _, seed) = continuations(*given), given
+        assert torch.is_autocast_enabled("cpu") == any(prompts)  # prompts are in float32
         if any(prompts):
             seeds.append(seed)
             scales.append((given[0].transformer.ln_f.weight / base).mean().item())
@@ -416,7 +417,8 @@ def test_tiers(tmp_path, monkeypatch, model, judge):
     monkeypatch.setattr(imdb_data, "continuations", with_one_blank)
     rates = {"learning_rate": 2e-4, "value_learning_rate": 4e-4, "kl_coefficient": 0.07}
     truth = shutil.copytree(judge, tmp_path / "truth")
-    flags = {"model": model, "classifier": truth, "prompts": 260, "seed": 3} | rates
+    flags = {"model": model, "classifier": truth, "prompts": 260, "seed": 3, "bf16": True}
+    flags |= rates
     folder, work = make("tiers", tmp_path / "a b", **flags), str(tmp_path / "a b" / "work")
     assert seeds == [[3, step, start] for step in (0, 5, 10) for start in (0, 100)]
     paths = {"model_name_or_path": model, "sft_model_path": model, "reward_model_path": truth}
@@ -424,6 +426,7 @@ def test_tiers(tmp_path, monkeypatch, model, judge):
     sizes = {"response_length": 8, "batch_size": 4, "minibatch_size": 2, "ppo_epochs": 2}
     sizes |= {"max_prompt_length": 13, "checkpoint_every": 10, "eval_every": 10, "eval_prompts": 39}
     sizes |= {"ppo_steps": 5, "seed": 3, "threads": 1, "run_name": "ppo", "anneal": False} | rates
+    sizes["dtype"] = "bfloat16"
     begun = rlhf_baseline.LlmArgs(**{name: str(x) for name, x in paths.items()}, **sizes)
     assert ppo.calls == [begun, replace(begun, resume=f"{work}/ppo", ppo_steps=10)]
 
