@@ -116,7 +116,7 @@ def aihf_dpo_loss(demo_log_probs, lengths, r_chosen, r_rejected, args: Args) -> 
 def main() -> None:
     with read.input_errors():  # around set-up: what is wrong with the input is said in one line
         args, state = parse_args()
-        device, processes = start_processes(args)
+        device, processes = start_processes(args)  # share, gather: rows among processes
 
         initial = args.sft_model_path or args.model_name_or_path
         policy, reference = Policy(initial, args), Policy(initial, args)  # π, π⁰
@@ -235,7 +235,7 @@ def load(kind: str, name: str, args: Args):
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **no_code)
     if info["missing_keys"]:
         raise ValueError(f"the model {name} lacks {', '.join(info['missing_keys'])[:100]}")
-    size = model.get_input_embeddings().num_embeddings  # unused ones may lie beyond: Gemma's
+    size = model.get_input_embeddings().num_embeddings  # Gemma has unused special tokens beyond
     used = [i for i, x in tokenizer.added_tokens_decoder.items() if not x.special]
     used += sum(read.special_tokens(tokenizer), [tokenizer.eos_token_id or 0])
     if max(tokenizer.vocab_size - 1, *used) >= size:

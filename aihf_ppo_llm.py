@@ -51,7 +51,7 @@ ASSETS = "data_gen/assets/imdb"
 
 @dataclass
 class Args:
-    preset: Literal["", "imdb", "hh"] = ""  # Table 2, weights 1; hh: give --sft-model-path
+    preset: Literal["", "imdb", "hh"] = ""  # Table 2, both weights 1; hh: give --sft-model-path
     model_name_or_path: str = f"{ASSETS}/model"  # the base policy, a folder or hub id
     sft_model_path: str = ""  # start from this policy, which is then the reference π⁰ too
     reward_model_path: str = ""  # base of the reward; "": the base policy. A trained head is kept
@@ -65,12 +65,12 @@ class Args:
     max_prompt_length: int = 64  # tokens; of a longer prompt the policy reads the last ones
     response_length: int = 24  # tokens at most; longer demonstrations are cut, preferences not
     temperature: float = 1.0  # of sampling; logits are divided by it in every log-probability
-    micro_batch_size: int = 64  # rows in a forward pass (R: of each side); sampling is not split
+    micro_batch_size: int = 64  # rows in a forward pass (R: up to 4 times that); sampling: all rows
     anneal: bool = True  # let the learning rates fall linearly to 0 over the run (paper: no)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
 
     # Upper level: the reward
-    demo_weight: float = 1.0  # α of Algorithm 1: (8a)'s α divided by β; 0: as in RLHF
+    demo_weight: float = 1.0  # α of Algorithm 1: (8a)'s α divided by β; 0: preferences alone
     preference_weight: float = 3.0  # of (11) (paper: 1); 0: inverse reinforcement learning
     demo_loss: Literal["linear", "logistic"] = "linear"  # g1: Lemma 5.1, or log σ (authors' code)
     response_memory: int = 10  # latest policies whose responses g1 sees (Algorithm 1: 1)
@@ -186,7 +186,7 @@ def policy_losses(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, 
 def main() -> None:
     with read.input_errors():  # around set-up: what is wrong with the input is said in one line
         args, state = parse_args()
-        device, processes = start_processes(args)
+        device, processes = start_processes(args)  # share, gather, total: rows among processes
 
         # Learned: π, R, PPO's V (begins as R where R reads π's tokens); frozen: π⁰, base, judge
         initial = args.sft_model_path or args.model_name_or_path
@@ -260,7 +260,7 @@ def main() -> None:
             for part in read.parts(0, size, args.eval_prompts):  # as many as evaluation at once
                 responses += policy.sample([demo_prompt_ids[i] for i in indices[part]], rng)[-1]
             fresh = [demos[i][0] + y for i, y in zip(indices, responses)]
-            if step == 0 and reward.has_head:  # a trained reward begins with mean 0 on π_0's text
+            if step == 0 and reward.has_head:  # a trained reward begins with mean 0 on π⁰'s text
                 reward.offset += gather(in_parts(reward.score, args, share(fresh))).mean()
             memory = [*memory, *zip(indices, fresh)][-args.response_memory * size :]  # (i of D, τ')
             order = np.random.default_rng([args.seed, 4, k]).permutation(len(memory))
@@ -381,7 +381,7 @@ def load(kind: str, name: str, args: Args, **new_head):
     body = model.base_model_prefix
     if missing := [key for key in info["missing_keys"] if not new_head or key.startswith(body)]:
         raise ValueError(f"the model {name} lacks {', '.join(missing)[:100]}")
-    size = model.get_input_embeddings().num_embeddings  # unused ones may lie beyond: Gemma's
+    size = model.get_input_embeddings().num_embeddings  # Gemma has unused special tokens beyond
     used = [i for i, x in tokenizer.added_tokens_decoder.items() if not x.special]
     used += sum(read.special_tokens(tokenizer), [tokenizer.eos_token_id or 0])
     if max(tokenizer.vocab_size - 1, *used) >= size:
@@ -491,10 +491,10 @@ class Scorer(nn.Module):
                 ids = ids.masked_fill(mask == 0, self.model.config.pad_token_id or 0)
                 logits = self.model(input_ids=ids, attention_mask=mask).logits
                 logits = logits[:, None].expand(-1, ids.shape[1], -1)
-        if self.is_decoder:  # bfloat16 would round R; judges and encoders do without
+        if self.is_decoder:  # outside autocast: bfloat16 would round R
             logits = self.model.score(hidden.float())
-        first = logits[..., 0].float() if logits.shape[-1] == 2 else 0.0  # two outputs: log-odds
-        return logits[..., -1].float() - first - self.offset
+        first = logits[..., 0] if logits.shape[-1] == 2 else 0.0  # two outputs: log-odds
+        return logits[..., -1] - first - self.offset
 
     def score(self, texts: list[str]) -> Tensor:
         """R of texts: (texts,); of a text that is too long the end is read."""

@@ -10,7 +10,7 @@ minutes on a CPU core; prints the true return, which training never uses; writes
 
 Departures from the paper that matter, beside evaluating averaged weights (README.md has more):
 - g1 (demonstrations, Lemma 5.1) is linear in r and unbounded. Here r is bounded, positive where a
-  fall ends an episode, so that a fall costs, and slopes above 1 are penalised (as in WGAN-GP).
+  fall ends an episode, so that a fall costs, and slopes above 1 are penalised (as in WGAN-LP).
 - R(τ) in g1 is r's mean in an episode / (1 - γ): a discounted sum forgets the later steps.
 - g2 (preferences) weighs 10, else g1 dominates, and reads returns divided by 5, else σ saturates.
 - g1's rollouts are the ten latest policies', so that the reward does not forget earlier ones.
@@ -60,7 +60,7 @@ class Args:
 
     # Lower level: the policy
     policy_steps_per_iteration: int = 5_000  # SAC steps in an iteration, which begins with a reset
-    demos_in_replay: bool | None = None  # with demonstrations (paper: no); None: if it can fall
+    demos_in_replay: bool | None = None  # SAC learns from D too (paper: no); None: if it can fall
     learning_starts: int = 5_000  # steps of uniformly random actions before the first update
     learning_rate: float = 1e-3  # Adam's (paper: 3e-3; the authors' code: 1e-3)
     anneal: bool = True  # let both learning rates fall to 0 at --total-timesteps (paper: no)
@@ -88,7 +88,7 @@ SCRIPT = Path(__file__).name
 BLOCK = 50  # environment steps, then as many updates: Spinning Up's update_every
 LOSSES = tuple(f"losses/{x}" for x in ("q", "policy", "entropy", "q_mean", "beta"))  # SAC's
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # of the policy
-PENALTY_POINTS = 500  # where the slope of r is measured in each reward update
+PENALTY_POINTS = 500  # points at which each reward update measures the slope of r
 
 
 # --------------------------------------------------------------------- the reward, in equations
@@ -182,14 +182,14 @@ def main() -> None:
         data_hash = read.fingerprint(*(x for tier in tiers.values() for x in tier), pairs)
 
         actor = Actor(obs_dim, act_dim, args.hidden).to(device)
-        # Evaluated: averaged weights; the last tenth counts for 65 % (Shamir and Zhang 2013)
+        # Evaluated: averaged weights, the n-th ~ n⁹: last tenth 65 % (Shamir and Zhang 2013)
         averaged = AveragedModel(actor, avg_fn=lambda a, b, n: a.lerp(b, 10 / (10 + n)))
         critics = Critics(obs_dim, act_dim, args.hidden).to(device)
         sac = init_sac(actor, critics, args.entropy_coefficient or 1.0)  # shares their memory
         target_entropy = None if args.entropy_coefficient else -act_dim
         update = make_sac_update(actor, critics, args.gamma, args.tau, target_entropy)
         *_, lengths, _ = play(env, actor, range(3), rng=np.random.default_rng(0))  # 3 episodes
-        can_fall = lengths.min().item() < env.spec.max_episode_steps  # untrained, it does
+        can_fall = lengths.min().item() < env.spec.max_episode_steps  # if it can, untrained it does
         args.reward_range = args.reward_range or ((0.0, 4.0) if can_fall else (-10.0, 10.0))
         args.demos_in_replay = can_fall if args.demos_in_replay is None else args.demos_in_replay
         all_obs = np.concatenate([tier.obs for tier in tiers.values()])
@@ -207,7 +207,7 @@ def main() -> None:
 
         if state:
             if state["data_hash"] != data_hash:
-                raise ValueError(f"the run had other data than {data_dir}, or one weight is 0")
+                raise ValueError(f"the run had other data than {data_dir}, or other weights of 0")
             read.check_steps(len(state["replay"]), args, "total_timesteps")
             tree_map(Tensor.copy_, sac, state["sac"])
             for name, learned in modules.items():
@@ -221,7 +221,7 @@ def main() -> None:
         return reward.features(obs, actions), weights.to(device)
 
     data = {tier: features_and_weights(*episodes[:3]) for tier, episodes in tiers.items()}
-    data_steps = data["high"][0] if args.demo_weight else torch.cat([x for x, _ in data.values()])
+    x_data = data["high"][0] if args.demo_weight else torch.cat([x for x, _ in data.values()])
     segments = [  # preferred and other, (pairs, segment_length, obs_dim + act_dim) each
         torch.stack([data[tier][0][start : start + args.segment_length] for tier, start in side])
         for side in zip(*pairs)
@@ -257,7 +257,7 @@ def main() -> None:
                 batches = torch.from_numpy(replay[index]).to(device).split(widths, dim=-1)
                 s, a, next_s, terminations = (field.contiguous() for field in batches)
                 with torch.no_grad():  # relabelled: today's reward for transitions of any age
-                    rewards = reward(reward.features(s, a)).float()
+                    rewards = reward(reward.features(s, a)).float()  # no guard looks at dtypes
                 noise = rng.standard_normal((block, 2, args.batch_size, act_dim), np.float32)
                 noise = torch.from_numpy(noise).to(device)
                 for batch in zip(s, a, rewards, next_s, terminations.squeeze(-1), noise):
@@ -289,12 +289,12 @@ def main() -> None:
                 drawn = (side[index] for side in segments)
                 likelihood = preference_log_likelihood(reward, *drawn, args.preference_temperature)
                 objective += args.preference_weight * likelihood
-            points = between(data_steps, rollouts[0], PENALTY_POINTS, rng)  # D (α = 0: P) to τ'
+            points = between(x_data, rollouts[0], PENALTY_POINTS, rng)  # D (α = 0: P) to τ'
             objective -= args.gradient_penalty * slope_penalty(reward, points)
             reward_optimizer.zero_grad()
             (-objective).backward()  # Adam descends
             reward_optimizer.step()
-        read.check_finite(step, run_dir, objective=objective, reward=reward(data_steps))
+        read.check_finite(step, run_dir, objective=objective, reward=reward(x_data))
 
         # ======================================================================= LOG and EVALUATE
         iteration, finished = len(log), step >= last_step
@@ -302,7 +302,7 @@ def main() -> None:
         row = dict(zip(counts, (iteration, step, env_steps))) | dict(zip(LOSSES, losses.tolist()))
         row |= reward_metrics(reward, data, reward.features(*fresh[:2]), segments, args)
         row["charts/fall_rate"] = fall_rate
-        row["charts/SPS"] = (step - first_step) / (time.perf_counter() - started)
+        row["charts/SPS"] = (step - first_step) / (time.perf_counter() - started)  # steps a second
         if iteration % args.eval_every == 0 or finished:
             row |= evaluate(env, averaged.module, args.eval_episodes, reward)
             bar.set_postfix_str(f"true return {row['eval/return_mean']:.0f}")
@@ -446,7 +446,7 @@ def compile_update(update, sac: dict, obs_dim: int, act_dim: int, n: int):
 
 # --------------------------------------------------------------------------- play and evaluate
 def make_env(name: str) -> gym.Env:
-    """A robot, actions scaled to [-1, 1], observations copied; ValueError if it does not fit."""
+    """A robot, actions in [-1, 1], observations copied (it may reuse theirs); or ValueError."""
     gym.logger.min_level = gym.logger.ERROR  # it warns of v4 at every make
     env = gym.wrappers.TransformObservation(gym.make(name, disable_env_checker=True), np.copy, None)
     spaces = env.observation_space, env.action_space

@@ -72,7 +72,7 @@ class MujocoArgs:
     reward_range: tuple[float, float] | None = None  # of r; None: (0, 4) if it can fall, else ±10
 
     # 3. RL
-    demos_in_replay: bool | None = None  # with demonstrations (paper: no); None: if it can fall
+    demos_in_replay: bool | None = None  # SAC learns from D too (paper: no); None: if it can fall
     critic_warmup_steps: int = 10_000  # SAC steps in which the clone acts and does not learn
     kl_coefficient: float = 10.0  # β of (4): less loses the clone; 0: SAC's entropy bonus, β tuned
     policy_steps_per_iteration: int = 5_000  # SAC steps from a reset to a row of metrics.csv
@@ -193,7 +193,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         pair_split = hold_out(len(pairs), args.held_out_share, pair_rng)
 
         actor = Actor(obs_dim, act_dim, args.hidden).to(device)
-        # Evaluated: averaged weights; the last tenth counts for 65 % (Shamir and Zhang 2013)
+        # Evaluated: averaged weights, the n-th ~ n⁹: last tenth 65 % (Shamir and Zhang 2013)
         averaged = AveragedModel(actor, avg_fn=lambda a, b, n: a.lerp(b, 10 / (10 + n)))
         critics = Critics(obs_dim, act_dim, args.hidden).to(device)
         sac = init_sac(actor, critics, args.kl_coefficient or 0.05)  # 0.05: where AIHF's β ends
@@ -202,7 +202,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         settings = args.gamma, args.tau, target_entropy, args.critic_warmup_steps
         update = make_sac_update(actor, critics, *settings)
         *_, lengths, _ = play(env, actor, range(3), rng=np.random.default_rng(0))  # 3 episodes
-        can_fall = lengths.min().item() < env.spec.max_episode_steps  # untrained, it does
+        can_fall = lengths.min().item() < env.spec.max_episode_steps  # if it can, untrained it does
         args.reward_range = args.reward_range or ((0.0, 4.0) if can_fall else (-10.0, 10.0))
         args.demos_in_replay = can_fall if args.demos_in_replay is None else args.demos_in_replay
         all_obs = np.concatenate([tier.obs for tier in tiers.values()])
@@ -313,7 +313,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             batches = torch.from_numpy(replay[index]).to(device).split(widths, dim=-1)
             s, a, next_s, terminations = (field.contiguous() for field in batches)
             with torch.no_grad():
-                rewards = reward(reward.features(s, a)).float()
+                rewards = reward(reward.features(s, a)).float()  # no guard looks at dtypes
             noise = rng.standard_normal((block, 2, args.batch_size, act_dim), np.float32)
             noise = torch.from_numpy(noise).to(device)
             for batch in zip(s, a, rewards, next_s, terminations.squeeze(-1), noise):
@@ -482,7 +482,7 @@ def compile_update(update, sac: dict, obs_dim: int, act_dim: int, n: int):
 
 # --------------------------------------------------------------------------- play and evaluate
 def make_env(name: str) -> gym.Env:
-    """A robot, actions scaled to [-1, 1], observations copied; ValueError if it does not fit."""
+    """A robot, actions in [-1, 1], observations copied (it may reuse theirs); or ValueError."""
     gym.logger.min_level = gym.logger.ERROR  # it warns of v4 at every make
     env = gym.wrappers.TransformObservation(gym.make(name, disable_env_checker=True), np.copy, None)
     spaces = env.observation_space, env.action_space
@@ -544,7 +544,7 @@ class LlmArgs:
     response_length: int = 24  # tokens at most; longer demonstrations are cut, preferences not
     temperature: float = 1.0  # of sampling; logits are divided by it in every log-probability
     append_eos: bool = False  # end demonstrations with the end token; they may also spell it out
-    micro_batch_size: int = 64  # rows in a forward pass (R: of each side); sampling is not split
+    micro_batch_size: int = 64  # rows in a forward pass (R: twice that); sampling is not split
     anneal: bool = True  # let the learning rate of each stage fall linearly to 0 (paper: no)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
 
@@ -657,7 +657,7 @@ def llm(args: LlmArgs, state: dict) -> None:
         read.check_numbers(args, "seed num_demonstrations num_preferences kl_coefficient")
         if args.gae_lambda > 1 or args.batch_size % args.minibatch_size:
             raise ValueError("--gae-lambda is at most 1, --minibatch-size divides --batch-size")
-        device, processes = start_processes(args)
+        device, processes = start_processes(args)  # share, gather, total: rows among processes
 
         # What is learned, a copy of what did best in stages 1 and 2, and what is not learned
         initial = args.sft_model_path or args.model_name_or_path
@@ -848,7 +848,7 @@ def load(kind: str, name: str, args: LlmArgs, **new_head):
     body = model.base_model_prefix
     if missing := [key for key in info["missing_keys"] if not new_head or key.startswith(body)]:
         raise ValueError(f"the model {name} lacks {', '.join(missing)[:100]}")
-    size = model.get_input_embeddings().num_embeddings  # unused ones may lie beyond: Gemma's
+    size = model.get_input_embeddings().num_embeddings  # Gemma has unused special tokens beyond
     used = [i for i, x in tokenizer.added_tokens_decoder.items() if not x.special]
     used += sum(read.special_tokens(tokenizer), [tokenizer.eos_token_id or 0])
     if max(tokenizer.vocab_size - 1, *used) >= size:
@@ -958,10 +958,10 @@ class Scorer(nn.Module):
                 ids = ids.masked_fill(mask == 0, self.model.config.pad_token_id or 0)
                 logits = self.model(input_ids=ids, attention_mask=mask).logits
                 logits = logits[:, None].expand(-1, ids.shape[1], -1)
-        if self.is_decoder:  # bfloat16 would round R; judges and encoders do without
+        if self.is_decoder:  # outside autocast: bfloat16 would round R
             logits = self.model.score(hidden.float())
-        first = logits[..., 0].float() if logits.shape[-1] == 2 else 0.0  # two outputs: log-odds
-        return logits[..., -1].float() - first - self.offset
+        first = logits[..., 0] if logits.shape[-1] == 2 else 0.0  # two outputs: log-odds
+        return logits[..., -1] - first - self.offset
 
     def score(self, texts: list[str]) -> Tensor:
         """R of texts: (texts,); of a text that is too long the end is read."""

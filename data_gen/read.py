@@ -77,7 +77,7 @@ def check_steps(done: int, args, name: str) -> None:
 
 def check_finite(step: int, run_dir: Path, **tensors) -> None:
     """SystemExit with one line that names the first tensor holding NaN or infinity."""
-    bad = [name for name, x in tensors.items() if not x.isfinite().all()]  # all are asked
+    bad = [name for name, x in tensors.items() if not x.isfinite().all()]  # all: it is collective
     if bad:
         what = "the last good state" if (run_dir / "checkpoint.pt").exists() else "no state"
         raise SystemExit(f"\nerror: {bad[0]} is not finite at step {step}; {what} is in {run_dir}")
@@ -418,8 +418,8 @@ class Texts:
         return [(y if y[-1:] == end else y + end)[: self.response_length] for y in found]
 
     def pairs(self, pairs: list[tuple[str, str, str]], name: str) -> list[tuple[str, str, str]]:
-        """The pairs, their responses without special tokens that they spell out, as `decode` gives
-        other responses, but with some token; says how many pairs are of equal responses."""
+        """The pairs; special tokens that responses spell out are cut, as `decode` cuts those of
+        others. ValueError where no token is left; says how many pairs are of equal responses."""
         special = [str(x) for x in self.tokenizer.added_tokens_decoder.values() if x.special]
         special = "|".join(map(re.escape, special))
         pairs = [(x, re.sub(special, "", y), re.sub(special, "", z)) for x, y, z in pairs]
