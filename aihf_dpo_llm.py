@@ -445,7 +445,7 @@ def save_model(model, tokenizer, folder: Path) -> None:
 
 def parse_args() -> tuple[Args, dict]:
     """Arguments: a given run's, those of a preset new to it, the flags; the run's checkpoint."""
-    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])  # which preset, which run
     state = read.checkpoint(args.evaluate or args.resume, SCRIPT, go_on=not args.evaluate)
     given, preset = state.get("args", {}), args.preset
     preset = PRESETS[preset].split() if preset not in ("", given.get("preset")) else []

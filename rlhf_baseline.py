@@ -57,7 +57,7 @@ class MujocoArgs:
     seed: int = 1  # of networks, held-out data, batches, exploration; evaluation has its own
     total_timesteps: int | None = None  # SAC steps; None: 100,000 for each dimension of actions
     data_dir: str = ""  # high.npz, medium.npz, low.npz, pairs.csv; "": data_gen/assets/mujoco/<env>
-    held_out_share: float = 0.1  # share of demonstrated episodes, and of pairs, to choose by
+    held_out_share: float = 0.1  # of demonstrated episodes, of pairs: on them the best is chosen
 
     # 1. Behaviour cloning
     bc_updates: int = 7_000  # Adam steps on the policy
@@ -100,7 +100,7 @@ class MujocoArgs:
 SCRIPT = Path(__file__).name
 ASSETS = "data_gen/assets/imdb"
 BLOCK = 50  # environment steps, then as many updates: Spinning Up's update_every
-CHECK_EVERY = 50  # updates of stages 1 and 2 between looks at the held-out data
+CHECK_EVERY = 50  # robots: updates of stages 1 and 2 between looks at the held-out data
 LOSSES = tuple(f"losses/{x}" for x in ("q", "policy", "entropy", "q_mean", "beta", "kl"))  # SAC's
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # of the policy
 
@@ -183,7 +183,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         args.run_name = args.run_name or name
 
         data_dir = Path(args.data_dir or f"data_gen/assets/mujoco/{args.env}")
-        names = ("high", "medium", "low")
+        names = ("high", "medium", "low")  # D is high, P compares the others; env.env: unscaled
         tiers = {tier: read.episodes(data_dir / f"{tier}.npz", env.env) for tier in names}
         pairs = read.pairs(data_dir, tiers, args.segment_length)
         data_hash = read.fingerprint(*(x for tier in tiers.values() for x in tier), pairs)
@@ -236,10 +236,10 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
     started = time.perf_counter() - (log[-1]["charts/wall_seconds"] if log else 0)
 
     def record(row: dict, save: bool = True) -> None:
-        """A row of metrics.csv, and a checkpoint. Only SAC takes steps in the environment."""
+        """A row of metrics.csv, and a checkpoint. No rollouts: env_steps are sac_steps."""
         log.append(dict(zip(counts, (iteration, step, step, time.perf_counter() - started))) | row)
         read.write_csv(run_dir / "metrics.csv", log)
-        track(log[-1], step=step or len(log) - 1)  # stages 1 and 2 have steps of their own
+        track(log[-1], step=step or len(log) - 1)  # W&B's steps: 0 and 1 are stages 1 and 2
         if save:
             state = {"script": f"{SCRIPT} mujoco", "args": asdict(args), "data_hash": data_hash}
             state |= {"log": log, "sac": sac, "averaged": averaged.state_dict()}
@@ -255,12 +255,11 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         obs = (obs - mean) / std  # what the policy sees while it is cloned
         episode = np.repeat(np.arange(len(demos.lengths)), demos.lengths)  # of each step
         split = [np.flatnonzero(np.isin(episode, part)) for part in episode_split]
-
         u = torch.atanh(actions.clamp(-1 + 1e-6, 1 - 1e-6))  # atanh(±1) is infinite
 
         def cloning_loss(steps) -> Tensor:  # mean -log π(a|s), from the noise that leads to a
-            mean, log_std = actor.gaussian(obs[steps])
-            return -actor(obs[steps], (u[steps] - mean) / log_std.exp())[1].mean()
+            mu, log_std = actor.gaussian(obs[steps])
+            return -actor(obs[steps], (u[steps] - mu) / log_std.exp())[1].mean()
 
         schedule = args.bc_batch_size, args.bc_updates, args.bc_learning_rate, args.anneal
         kept, loss = fit(actor, cloning_loss, split, *schedule, rng)
@@ -278,22 +277,20 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
     # ================ 2. REWARD MODEL: θ = argmax_θ L2(θ), (11), over preferences (τ_l ≺ τ_w) ~ P
     if len(log) == 1 and not args.evaluate:
 
-        def preference_loss(pairs) -> Tensor:  # -L2, (11), R(τ) a sum (paper: discounted)
-            preferred, other = (reward(side[pairs]) for side in segments)
+        def preference_loss(rows) -> Tensor:  # -L2, (11), R(τ) a sum (paper: discounted)
+            preferred, other = (reward(side[rows]) for side in segments)
             return -F.logsigmoid((preferred - other).sum(-1)).mean()
 
         schedule = args.preference_batch_size, args.reward_updates, args.reward_learning_rate
         kept, loss = fit(reward, preference_loss, pair_split, *schedule, args.anneal, rng)
         row = {"reward/updates": kept, "reward/held_out_loss": loss}
-        with torch.no_grad():
-            preferred, other = (reward(side[pair_split[1]]).sum(-1) for side in segments)
+        preferred, other = (reward(side[pair_split[1]]).sum(-1) for side in segments)
         row["reward/held_out_accuracy"] = (preferred > other).double().mean().item()
         print(f"reward model: {row['reward/held_out_accuracy']:.0%} of held-out pairs in order")
         record(row)
 
     # =========================== 3. RL: π = argmax_π E[R] - β KL(π ‖ π⁰), (4) with θ frozen, by SAC
     bar = tqdm(total=last_step, initial=step, desc=args.env, unit="step", disable=last_step == 0)
-
     while step < last_step:
         first_step = step
         share_left = 1 - step / args.total_timesteps if args.anneal else 1.0
@@ -369,9 +366,8 @@ class Actor(nn.Module):
 
 
 def kl_divergence(actor: Actor, params: dict, cloned: dict, obs: Tensor) -> Tensor:
-    """KL(π(·|s) ‖ π⁰(·|s)) of (4) in nats, (batch,), for an Actor with these parameters. tanh is
-    one-to-one, so it is that of the two Gaussians, exactly; log π - log π⁰ of sampled actions is
-    wrong where float32 rounds tanh to ±1."""
+    """KL(π(·|s) ‖ π⁰(·|s)) of (4) in nats, (batch,), π and π⁰ an Actor with params and with cloned:
+    that of their Gaussians, exactly, as tanh is one-to-one."""
     nets = ({key.removeprefix("net."): p for key, p in net.items()} for net in (params, cloned))
     outputs = (functional_call(actor.net, net, (obs,)).chunk(2, dim=-1) for net in nets)
     (mean, log_std), (mean_0, log_std_0) = outputs
@@ -429,9 +425,8 @@ def make_sac_update(actor, critics, gamma: float, tau: float, target_entropy, wa
         def sample(params, obs, noise) -> tuple[Tensor, Tensor, Tensor]:
             """Actions, their log π and KL(π ‖ π⁰), of the policy with these parameters."""
             action, log_prob = functional_call(actor, params, (obs, noise))
-            if target_entropy is not None:
-                return action, log_prob, log_prob
-            return action, log_prob, kl_divergence(actor, params, sac["cloned"], obs)
+            kl = log_prob if target_entropy else kl_divergence(actor, params, sac["cloned"], obs)
+            return action, log_prob, kl  # π⁰ uniform: log π, whose mean is KL but for a constant
 
         # Q networks: the soft Bellman backup goes on past a truncation, not past a termination.
         next_action, _, next_kl = sample(sac["actor"], next_obs, noise[0])
@@ -539,11 +534,11 @@ class LlmArgs:
     num_preferences: int = 1000  # the first rows; 0 for all
     prompts: str = f"{ASSETS}/prompts.jsonl"  # {prompt}; the last --eval-prompts are for evaluation
     seed: int = 1  # of heads, held-out data, batches, sampling; evaluation has a seed of its own
-    held_out_share: float = 0.1  # share of demonstrations, and of preferences, to choose by
+    held_out_share: float = 0.1  # of demonstrations, of preferences: on them the best is chosen
     max_prompt_length: int = 64  # tokens; of a longer prompt the policy reads the last ones
     response_length: int = 24  # tokens at most; longer demonstrations are cut, preferences not
     temperature: float = 1.0  # of sampling; logits are divided by it in every log-probability
-    append_eos: bool = False  # end demonstrations with the end token; they may also spell it out
+    append_eos: bool = False  # end token after demonstrations with room for it, if not spelled out
     micro_batch_size: int = 64  # rows in a forward pass (R: twice that); sampling is not split
     anneal: bool = True  # let the learning rate of each stage fall linearly to 0 (paper: no)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
@@ -595,11 +590,10 @@ PRESETS = {  # the paper's models and Table 2, else our guess; the user's own fl
         --preferences runs/hh_data/preferences.jsonl --prompts runs/hh_data/prompts.jsonl
         --num-demonstrations 0 --num-preferences 0 --max-prompt-length 512 --response-length 128
         --dtype bfloat16 --append-eos --sft-epochs 1 --sft-learning-rate 1e-5
-        --reward-epochs 1 --reward-learning-rate 1e-5 --reward-batch-size 8 --kl-coefficient 0.05
+        --reward-epochs 1 --reward-learning-rate 1e-5 --reward-batch-size 8
         --learning-rate 1e-6 --value-learning-rate 1e-6 --batch-size 4 --minibatch-size 4
         --micro-batch-size 4 --ppo-steps 24000 --eval-every 500 --checkpoint-every 500""",
 }
-HELD_OUT = ("loss", "chosen", "rejected", "accuracies")  # logged in stages 1 and 2
 
 
 # ------------------------------------------------------------------- the stages, in equations
@@ -670,7 +664,7 @@ def llm(args: LlmArgs, state: dict) -> None:
         best_reward = copy.deepcopy(reward)
         critic_from_reward = reward.is_decoder and reward.vocabulary == policy.vocabulary
         critic_from_reward &= reward.limit >= args.max_prompt_length + args.response_length
-        value = best_reward if critic_from_reward else Scorer(initial, args)  # V, in stage 3
+        value = best_reward if critic_from_reward else Scorer(initial, args)  # V: free by stage 3
         if not value.is_decoder:
             raise ValueError(f"{initial} has no linear head for every token: it is no critic")
         judge = Scorer(args.ground_truth_path, args, True) if args.ground_truth_path else None
@@ -694,9 +688,8 @@ def llm(args: LlmArgs, state: dict) -> None:
         rng = np.random.default_rng([args.seed, 0])
         splits = [hold_out(len(rows), args.held_out_share, rng) for rows in (demos, pairs) if rows]
 
-        modules = {"policy": policy, "reference": reference}
-        modules |= {"reward": reward, "best_reward": best_reward}
-        modules |= {} if critic_from_reward else {"value": value}
+        modules = {"policy": policy, "reference": reference, "best_reward": best_reward}
+        modules |= {"reward": reward} | ({} if critic_from_reward else {"value": value})
         for name in modules if state else ():
             modules[name].load_state_dict(state[name])
         for module in (*modules.values(), base):
@@ -714,7 +707,6 @@ def llm(args: LlmArgs, state: dict) -> None:
     evaluation = partial(evaluate_responses, models, (prompts[-n:], prompt_ids[-n:]), args, run_dir)
     if args.evaluate:
         return evaluation(log[-1]["charts/step"])
-
     started = time.perf_counter() - (log[-1]["charts/wall_seconds"] if log else 0)
 
     def record(step: int, row: dict, save: bool = True) -> None:
@@ -730,8 +722,8 @@ def llm(args: LlmArgs, state: dict) -> None:
             read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
 
     def learn(name, module, best, losses, rows, lengths, split, size, epochs, learning_rate):
-        """Adam on the losses of batches of rows over their lengths. The module ends with those of
-        its parameters, looked at some ten times, whose loss on the rows held out is lowest."""
+        """Adam on summed losses of batches over their summed lengths. Some ten times best gets the
+        parameters, if their loss on the rows held out is the lowest so far; module ends as best."""
         (train, held_out), optimizer = (part.tolist() for part in split), optimizers[name]
         steps, train_losses = math.ceil(epochs * len(train) / size), []
         for step in tqdm(range(first_step, steps), f"{stage}. {name}", disable=not read.writes()):
@@ -746,12 +738,13 @@ def llm(args: LlmArgs, state: dict) -> None:
             train_losses.append(total(loss).item())
             if (step + 1) % max(1, steps // 10) == 0 or step + 1 == steps:
                 columns = in_parts(partial(losses, module), args, [rows[i] for i in held_out])
-                sums = gather(columns.sum(0)[None])[0]  # the first's: all keep the same module
+                sums = gather(columns.sum(0)[None])[0]  # process 0's, lest they keep different ones
                 means = (sums / sum(lengths[i] for i in held_out)).tolist()
                 before = [row[f"{name}/held_out_loss"] for row in log if f"{name}/loss" in row]
                 if means[0] < min(before, default=math.inf):
                     best.load_state_dict(module.state_dict())
-                row = {f"{name}/held_out_{key}": mean for key, mean in zip(HELD_OUT, means)}
+                keys = ("loss", "chosen", "rejected", "accuracies")  # stage 1 has the loss alone
+                row = {f"{name}/held_out_{key}": mean for key, mean in zip(keys, means)}
                 record(step + 1, row | {f"{name}/loss": np.mean(train_losses).item()})
                 train_losses = []
         module.load_state_dict(best.state_dict())
@@ -775,8 +768,9 @@ def llm(args: LlmArgs, state: dict) -> None:
             save_model(reward.model, reward.tokenizer, run_dir / "reward")
         stage, first_step = 3, 0
 
-        if demos:  # R is free up to a constant: let demonstrations be worth 0 on average
-            reward.offset += in_parts(reward.score, args, [x + y for x, y in demos]).mean()
+        if demos:  # R is free up to a constant: let demonstrations, cut, be worth 0 on average
+            cut = zip(demos, policy.texts.decode(demo_prompt_ids, completions))
+            reward.offset += in_parts(reward.score, args, [x + y for (x, _), y in cut]).mean()
         if critic_from_reward:
             value.load_state_dict(reward.state_dict())  # the critic begins as the reward
         record(0, evaluation(0), save=False)
@@ -800,9 +794,9 @@ def llm(args: LlmArgs, state: dict) -> None:
 
         # ========================================= UPDATE: the clipped objective and V, by Adam
         statistics = []  # of each minibatch: policy and value loss, approximate KL, share clipped
-        minibatches = read.parts(0, len(ids), args.minibatch_size // processes)  # drawn at random
+        minibatches = read.parts(0, len(ids), args.minibatch_size // processes)  # rows are random
         for minibatch in minibatches * args.ppo_epochs:
-            token_weights = alive / total(alive[minibatch].sum())
+            token_weights = alive / total(alive[minibatch].sum())  # a mean over all its tokens
             sums = torch.zeros(4, device=device)
             for part in read.parts(minibatch.start, minibatch.stop, args.micro_batch_size):
                 log_probs = policy.log_probs(ids[part], mask[part], alive[part])
@@ -1090,9 +1084,9 @@ def save_model(model, tokenizer, folder: Path) -> None:
 
 # ------------------------------------------------------------------------------- the command line
 def main() -> None:
-    """Arguments: a given run's, those of a preset new to it, the flags."""
+    """A given run's arguments or the defaults, a preset new to it, the flags: the last wins."""
     with read.input_errors():
-        kinds = {"mujoco": MujocoArgs, "llm": LlmArgs}
+        kinds = {"mujoco": MujocoArgs, "llm": LlmArgs}  # parsed twice: first for run and preset
         args = tyro.extras.subcommand_cli_from_dict(kinds, description=__doc__.split("\n\n")[0])
         kind, script = type(args), f"{SCRIPT} {sys.argv[1]}"
         state = read.checkpoint(args.evaluate or args.resume, script, go_on=not args.evaluate)

@@ -77,7 +77,7 @@ def check_steps(done: int, args, name: str) -> None:
 
 def check_finite(step: int, run_dir: Path, **tensors) -> None:
     """SystemExit with one line that names the first tensor holding NaN or infinity."""
-    bad = [name for name, x in tensors.items() if not x.isfinite().all()]  # all: it is collective
+    bad = [name for name, x in tensors.items() if not x.isfinite().all()]  # shards: all must ask
     if bad:
         what = "the last good state" if (run_dir / "checkpoint.pt").exists() else "no state"
         raise SystemExit(f"\nerror: {bad[0]} is not finite at step {step}; {what} is in {run_dir}")
