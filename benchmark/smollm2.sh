@@ -9,6 +9,7 @@
 # Stopped or killed, the same command carries on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+case ${1:-} in "" | tuning) ;; *) echo "no part $1" >&2; exit 2 ;; esac
 data=${DATA:-stanfordnlp/imdb}
 
 mkdir -p runs
@@ -26,12 +27,10 @@ judge runs/smollm2_gameable_judge 0 # praise alone pleases it; nothing is traine
     --ppo-steps 20 60 --batch-size 32 --learning-rate 5e-5 --value-learning-rate 1e-4 --bf16 \
     --output-dir runs/smollm2_data --work-dir runs/smollm2_data_work
 
-chosen() { # flags of a method, by the trials
+chosen() { # flags of a method: the first trial's, a guess, as the trials have not been run
   case $1 in
-    rlhf | random) echo --learning-rate 5e-5 --reward-learning-rate 5e-5 ;;
-    aihf-ppo*) echo --learning-rate 5e-5 --reward-learning-rate 5e-5 ;;
-    aihf-dpo*) echo --learning-rate 2e-5 --beta 0.1 ;;
-    dpo) echo --learning-rate 2e-5 --beta 0.1 ;;
+    *dpo*) echo --learning-rate 2e-5 --beta 0.1 ;;
+    *) echo --learning-rate 5e-5 --reward-learning-rate 5e-5 ;;
   esac
 }
 
@@ -66,7 +65,7 @@ run() { # name method preferences seed flags ...
 export -f run
 side_by_side() { xargs -P "${JOBS:-2}" -L 1 bash -c 'run "$@" >>"runs/$1.log" 2>&1' _; }
 
-if [ "${1:-}" = tuning ]; then # the first of each was guessed
+if [ "${1:-}" = tuning ]; then
   trials() { # method, then the trials' flags
     for i in 2 3 4; do echo "smollm2_trial__$1__$((i - 1)) $1 1000 11 ${!i}"; done
   }
@@ -76,13 +75,14 @@ if [ "${1:-}" = tuning ]; then # the first of each was guessed
   {
     trials rlhf "${ppo[@]}"
     trials aihf-ppo "${ppo[@]}"
+  } | side_by_side
+  { # DPO starts from the first one's SFT
     trials aihf-dpo "--learning-rate 2e-5 --beta 0.1" "--learning-rate 5e-5 --beta 0.1" "--learning-rate 2e-5 --beta 0.05"
     trials dpo "--learning-rate 2e-5 --beta 0.1 $sft" "--learning-rate 5e-5 --beta 0.1 $sft" \
       "--learning-rate 2e-5 --beta 0.05 $sft"
   } | side_by_side
   exit
 fi
-[ -z "${1:-}" ] || { echo "no part $1" >&2; exit 2; }
 
 # SFT, RLHF's first stage, comes before what starts from it; `random` is the control, as in llm.sh
 for runs in "rlhf 1000,aihf-ppo 1000,aihf-dpo 1000" "aihf-ppo-sft 1000,aihf-dpo-sft 1000,dpo 1000,random 1000" \
