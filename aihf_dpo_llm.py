@@ -213,11 +213,8 @@ def main() -> None:
         # =========================================================================== CHECKPOINT
         if (step + 1) % args.checkpoint_every == 0 or finished:
             state = {"script": SCRIPT, "args": asdict(args), "data_hash": data_hash, "log": log}
-            state["policy"] = whole(policy.lm.state_dict())
-            state["optimizer"] = whole(optimizer.state_dict())
-            read.write_csv(run_dir / "metrics.csv", log)
-            read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
-            del state  # frees the gathered copies
+            parts = {"policy": policy.lm, "optimizer": optimizer}
+            read.write_checkpoint(run_dir, state, parts, whole)
     save_model(policy.lm, policy.tokenizer, run_dir / "policy")  # if a run is killed here: --resume
     if read.writes():
         print(f"final: {read.summary(log[-1])}; python benchmark/plot.py {run_dir} draws it")

@@ -315,8 +315,8 @@ def main() -> None:
             advantages = remax_advantages(rewards, alive, greedy_scores)  # π/π_old is 1: no clip
 
         statistics = []  # of each minibatch: policy and value loss, approximate KL, share clipped
-        size = args.minibatch_size // processes if is_ppo else len(ids)  # rows are already random
-        for minibatch in read.parts(0, len(ids), size) * (args.ppo_epochs if is_ppo else 1):
+        size = args.minibatch_size // processes  # rows are already random
+        for minibatch in read.parts(0, len(ids), size) * args.ppo_epochs:
             token_weights = alive / total(alive[minibatch].sum())  # a mean over all its tokens
             sums = torch.zeros(4, device=device)
             for part in read.parts(minibatch.start, minibatch.stop, args.micro_batch_size):
@@ -354,13 +354,8 @@ def main() -> None:
         # =========================================================================== CHECKPOINT
         if (step + 1) % args.checkpoint_every == 0 or finished:
             state = {"script": SCRIPT, "args": asdict(args), "data_hash": data_hash, "log": log}
-            state["memory"] = memory
-            for name in learned:
-                state[name] = whole(learned[name].state_dict())
-                state[f"{name}_optimizer"] = whole(optimizers[name].state_dict())
-            read.write_csv(run_dir / "metrics.csv", log)
-            read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
-            del state  # frees the gathered copies
+            parts = learned | {f"{name}_optimizer": x for name, x in optimizers.items()}
+            read.write_checkpoint(run_dir, state | {"memory": memory}, parts, whole)
     save_model(reward.model, reward.tokenizer, run_dir / "reward")
     save_model(policy.lm, policy.tokenizer, run_dir / "policy")  # if a run is killed here: --resume
     if read.writes():
@@ -629,6 +624,8 @@ def parse_args() -> tuple[Args, dict]:
     preset = PRESETS[preset].split() if preset not in ("", given.get("preset")) else []
     args = tyro.cli(Args, default=Args(**given), args=preset + sys.argv[1:])
     read.check_numbers(args, MAY_BE_ZERO)
+    if args.policy_optimizer == "remax":  # one step on each batch, whole
+        args.minibatch_size, args.ppo_epochs = args.batch_size, 1
     if args.demo_weight == args.preference_weight == 0:
         raise ValueError("--demo-weight and --preference-weight are 0: there is nothing to learn")
     if args.gae_lambda > 1 or args.batch_size % args.minibatch_size:

@@ -716,10 +716,8 @@ def llm(args: LlmArgs, state: dict) -> None:
         track(log[-1], step=len(log) - 1)
         if save:
             state = {"script": f"{SCRIPT} llm", "args": asdict(args), "data_hash": data_hash}
-            state |= {"log": log} | {x: whole(m.state_dict()) for x, m in modules.items()}
-            state |= {f"{name}_optimizer": whole(x.state_dict()) for name, x in optimizers.items()}
-            read.write_csv(run_dir / "metrics.csv", log)
-            read.write_whole(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
+            parts = modules | {f"{name}_optimizer": x for name, x in optimizers.items()}
+            read.write_checkpoint(run_dir, state | {"log": log}, parts, whole)
 
     def learn(name, module, best, losses, rows, lengths, split, size, epochs, learning_rate):
         """Adam on summed losses of batches over their summed lengths. Some ten times best gets the

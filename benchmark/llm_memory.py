@@ -14,8 +14,8 @@ that they save for backward is counted; the rest is arithmetic:
 - gathered: the parameters of a block in use and of the next, and what stands outside of blocks.
 - activations: of a forward pass of the policy on --micro-batch-size rows, or of the reward on four
   times as many (both sides of both kinds of data), whichever is more.
-- checkpoint: weights and moments of the three models that learn, on disk and, while it is written,
-  in process 0's host memory. At its start every process holds the four models whole in host memory.
+- checkpoint: weights and moments of the three models that learn, on disk; process 0 holds one
+  model's moments at a time. At its start every process holds the four models whole in host memory.
 
 --measure runs one PPO step with this folder's model as policy and as base of the reward, in one
 CPU process and in two, and prints the largest resident memory of each (Linux). They run with

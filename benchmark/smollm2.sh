@@ -60,7 +60,7 @@ run() { # name method preferences seed flags ...
     # an untrained MiniLM's rewards vary a thirteenth as much, and so does β
     [ "$2" = random ] && given+=(--reward-learning-rate 1e-12 --kl-coefficient 0.004)
   fi
-  python $script "${given[@]}" --threads 1 && rm -f "runs/$name/checkpoint.pt" # 5 GB
+  python $script "${given[@]}" --threads 1 && rm -f "runs/$name/"*.pt # 5 GB
 }
 export -f run
 side_by_side() { xargs -P "${JOBS:-2}" -L 1 bash -c 'run "$@" >>"runs/$1.log" 2>&1' _; }

@@ -16,6 +16,7 @@ import sys
 import traceback
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -220,6 +221,20 @@ def when_stopped_say_how_to_carry_on(folder: Path, script: str) -> None:
     sys.excepthook = crash
 
 
+def write_checkpoint(folder: Path, state: dict, parts: dict, whole) -> None:
+    """metrics.csv; whole(state_dict()) of each of parts, modules and optimisers, in a file of its
+    own, so that memory holds one at a time; at last checkpoint.pt, with state and the files' names:
+    until then the former one counts."""
+    write_csv(folder / "metrics.csv", state["log"])
+    files = {name: f"checkpoint-{len(state['log'])}-{name}.pt" for name in parts}
+    for name, part in parts.items():
+        write_whole(folder / files[name], partial(torch.save, whole(part.state_dict())))
+    write_whole(folder / "checkpoint.pt", partial(torch.save, state | {"files": files}))
+    for path in folder.glob("checkpoint-*.pt") if writes() else ():
+        if path.name not in files.values():
+            path.unlink()
+
+
 def checkpoint(run: str, script: str, go_on: bool = False) -> dict:
     """The last checkpoint of a run of this script; {} of no run. To go on, with the arguments in
     args.json: those of a --resume that ended before another checkpoint stand nowhere else."""
@@ -228,8 +243,11 @@ def checkpoint(run: str, script: str, go_on: bool = False) -> dict:
     path = Path(run) / "checkpoint.pt"
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}; begin the run anew, its name may be used again")
+    load = partial(torch.load, weights_only=True, map_location="cpu", mmap=True)
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        state = load(path)
+        for name, file in state.get("files", {}).items() if isinstance(state, dict) else ():
+            state[name] = load(path.with_name(file))
     except Exception as error:  # almost anything on a damaged file
         raise ValueError(f"{path} is damaged ({one_line(error)}); begin the run anew") from None
     if not isinstance(state, dict) or state.get("script") != script:

@@ -166,7 +166,10 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def load(folder: Path) -> dict:
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
+    """A run's checkpoint; what its files hold is not mapped, so that they may be overwritten."""
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    parts = state.get("files", {}).items()
+    return state | {x: torch.load(folder / file, weights_only=True) for x, file in parts}
 
 
 def leaves(value, name: str = "") -> dict[str, object]:

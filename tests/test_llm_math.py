@@ -176,14 +176,14 @@ def run(script, cwd: Path, world: Path, flags: dict, *more: str) -> Path:
     command = ["llm"] if hasattr(script, "LlmArgs") else []
     argv = [*command, *(f"{name}={value}" for name, value in given.items()), "--no-cuda", *more]
     ticks = types.SimpleNamespace(perf_counter=itertools.count().__next__, time_ns=lambda: 0)
-    saved, save = [], torch.save
+    saved, write_checkpoint = [], read.write_checkpoint
 
-    def noting_save(state, path):
+    def noting_write(folder, state, *parts):
         saved.append(state["log"][-1])
-        save(state, path)
+        write_checkpoint(folder, state, *parts)
 
     patches = [mock.patch.object(script, "time", ticks)]
-    patches.append(mock.patch.object(torch, "save", noting_save))
+    patches.append(mock.patch.object(read, "write_checkpoint", noting_write))
     size = flags.get("micro_batch_size", 64)  # of examples, each of one to four texts
     patches.append(at_most(size * (3 if script is dpo else 1), script.Policy, "log_probs"))
     if script is not dpo:
@@ -957,7 +957,7 @@ def reference_aihf(world: Path, flags: dict, anneal: bool) -> tuple[dict, list, 
 
 AIHF_RUNS = {
     "ppo": {},
-    "remax": {"policy_optimizer": "remax", "ppo_steps": 3}
+    "remax": {"policy_optimizer": "remax", "ppo_steps": 3, "minibatch_size": 4}  # not read
     | {"policy_steps_per_iteration": 1, "reward_updates_per_iteration": 3},
     "another reward": {"demo_loss": "logistic", "reward_model_path": "reward", "ppo_steps": 3}
     | {

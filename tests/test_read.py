@@ -6,8 +6,10 @@ import os
 import re
 import sys
 import types
+import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -376,6 +378,48 @@ def test_checkpoint_is_of_this_script_and_holds_no_code(tmp_path):
             read.checkpoint(str(tmp_path), "script.py")
     torch.save({"script": "script.py", "x": torch.ones(2)}, path)
     assert read.checkpoint(str(tmp_path), "script.py")["x"].tolist() == [1, 1]
+
+
+def test_checkpoints_parts_are_gathered_and_written_one_at_a_time(tmp_path):
+    """None is in memory while the next is put together; until checkpoint.pt is written the former
+    one counts, then its files go, and no other's; one that lacks a part is damaged."""
+    module, alive = torch.nn.Linear(2, 2), []
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.5)
+    parts = {"policy": module, "policy_optimizer": optimizer}
+
+    def whole(state):
+        assert not any(gathered() is not None for gathered in alive)
+        gathered = torch.zeros(1)
+        alive.append(weakref.ref(gathered))
+        return dict(state) | {"gathered": gathered}
+
+    def write(rows):
+        state = {"script": "script.py", "log": [{"charts/step": i} for i in range(rows)]}
+        read.write_checkpoint(tmp_path, state, parts, whole)
+
+    def stop_before_checkpoint(path, writer, write_whole=read.write_whole):
+        if path.name == "checkpoint.pt":
+            raise KeyboardInterrupt
+        write_whole(path, writer)
+
+    (tmp_path / "policy-1.pt").touch()  # somebody's own
+    write(1)
+    module.weight.data.fill_(3)
+    with mock.patch.object(read, "write_whole", stop_before_checkpoint):
+        with pytest.raises(KeyboardInterrupt):
+            write(2)
+    state = read.checkpoint(str(tmp_path), "script.py")
+    assert len(state["log"]) == 1 and state["policy"]["weight"][0, 0] != 3
+    write(3)
+    own = ["checkpoint-3-policy.pt", "checkpoint-3-policy_optimizer.pt"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [*own, "checkpoint.pt", "metrics.csv", "policy-1.pt"]
+    state = read.checkpoint(str(tmp_path), "script.py")
+    assert len(state["log"]) == 3 and state["policy"]["weight"].tolist() == [[3, 3], [3, 3]]
+    assert state["policy_optimizer"]["param_groups"][0]["lr"] == 0.5 and len(alive) == 6
+    (tmp_path / own[0]).unlink()
+    with pytest.raises(ValueError, match=f"checkpoint.pt is damaged .*{own[0]}"):
+        read.checkpoint(str(tmp_path), "script.py")
 
 
 def test_summary_is_of_the_evaluation():
