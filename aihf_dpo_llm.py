@@ -270,7 +270,7 @@ class Policy(nn.Module):
         return [tuple((prompt, y[i]) for y in ys) for i, prompt in enumerate(x)]
 
     def forward(self, ids: Tensor, mask: Tensor, length: int, cache: dict | None = None):
-        """Float32 logits (rows, length, vocabulary) of the last `length` positions of ids (rows,
+        """Float32 logits (rows, length or more, vocabulary) of the last positions of ids (rows,
         tokens), and the next call's cache ({} at first); the mask covers what is cached too."""
         positions = (mask.cumsum(-1) - 1).clamp(min=0)  # 0 at the first token, after the padding
         inputs = {"input_ids": ids, "position_ids": positions[:, -ids.shape[1] :]}
@@ -278,7 +278,7 @@ class Policy(nn.Module):
         with torch.autocast(ids.device.type, torch.bfloat16, self.args.dtype == "bfloat16"):
             out = self.lm(attention_mask=mask, **inputs)
         name = "cache" if "cache" in out else "past_key_values"  # in older transformers
-        return out.logits[:, -length:].float(), {name: out.get(name)}
+        return out.logits.float(), {name: out.get(name)}
 
     def log_probs(self, rows: list[tuple[list[int], list[int]]]) -> Tensor:
         """log π(y|x), float32 (rows,), of rows (x, y): the sum over the response's tokens."""
@@ -286,8 +286,8 @@ class Policy(nn.Module):
         x, y = read.pad(prompts, left=True), read.pad(responses)
         ids, mask = (torch.cat(z, 1).to(self.lm.device) for z in zip(x, y))
         length = y[0].shape[1]
-        logits, _ = self(ids, mask, length + 1)
-        log_probs = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, -length:, None]).squeeze(-1)
+        logits = self(ids, mask, length + 1)[0][:, -length - 1 : -1]
+        log_probs = logits.log_softmax(-1).gather(-1, ids[:, -length:, None]).squeeze(-1)
         return (log_probs * mask[:, -length:]).sum(-1)
 
     @torch.no_grad()

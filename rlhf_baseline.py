@@ -871,7 +871,7 @@ class Policy(nn.Module):
             raise ValueError(f"{name} is recurrent: rows of different lengths would not be right")
 
     def forward(self, ids: Tensor, mask: Tensor, length: int, cache: dict | None = None):
-        """Float32 logits (rows, length, vocabulary) of the last `length` positions of ids (rows,
+        """Float32 logits (rows, length or more, vocabulary) of the last positions of ids (rows,
         tokens), and the next call's cache ({} at first); the mask covers what is cached too."""
         positions = (mask.cumsum(-1) - 1).clamp(min=0)  # 0 at the first token, after the padding
         inputs = {"input_ids": ids, "position_ids": positions[:, -ids.shape[1] :]}
@@ -879,14 +879,14 @@ class Policy(nn.Module):
         with torch.autocast(ids.device.type, torch.bfloat16, self.args.dtype == "bfloat16"):
             out = self.lm(attention_mask=mask, **inputs)
         name = "cache" if "cache" in out else "past_key_values"  # in older transformers
-        return out.logits[:, -length:].float(), {name: out.get(name)}
+        return out.logits.float(), {name: out.get(name)}
 
     def log_probs(self, ids: Tensor, mask: Tensor, alive: Tensor) -> Tensor:
         """log π(y_t | x, y_<t), float32 (rows, N), 0 after the end; ids and mask (rows, P + N) hold
         prompts padded on the left and responses padded on the right, alive the responses' mask."""
         length = alive.shape[1]
         logits, _ = self(ids, mask, length + 1)
-        log_probs = (logits[:, :-1] / self.args.temperature).log_softmax(-1)
+        log_probs = (logits[:, -length - 1 : -1] / self.args.temperature).log_softmax(-1)
         return log_probs.gather(-1, ids[:, -length:, None]).squeeze(-1) * alive
 
     @torch.no_grad()

@@ -639,7 +639,8 @@ for name, argv, port in json.loads(Path("jobs.json").read_text()):
     with open("shards.jsonl", "a") as file:
         print(json.dumps([name, shards]), file=file)
     print(*result, flush=True)
-    assert result[0] == 0 and not torch.distributed.is_initialized()
+    assert result[0] == 0 and "Warning" not in result[2], result[2]
+    assert not torch.distributed.is_initialized()
 Path("done" + os.environ["RANK"]).touch()
 """
 
