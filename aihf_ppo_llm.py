@@ -315,8 +315,8 @@ def main() -> None:
             advantages = remax_advantages(rewards, alive, greedy_scores)  # π/π_old is 1: no clip
 
         statistics = []  # of each minibatch: policy and value loss, approximate KL, share clipped
-        size = args.minibatch_size // processes  # rows are already random
-        for minibatch in read.parts(0, len(ids), size) * args.ppo_epochs:
+        size, epochs = (args.minibatch_size, args.ppo_epochs) if is_ppo else (args.batch_size, 1)
+        for minibatch in read.parts(0, len(ids), size // processes) * epochs:  # rows are random
             token_weights = alive / total(alive[minibatch].sum())  # a mean over all its tokens
             sums = torch.zeros(4, device=device)
             for part in read.parts(minibatch.start, minibatch.stop, args.micro_batch_size):
@@ -535,7 +535,8 @@ def start_processes(args: Args) -> tuple[torch.device, int]:
         dist.init_process_group(backend, timeout=timedelta(hours=3))  # others wait while one saves
     began = gather(torch.tensor([time.time_ns()], device=device))[0]  # the same in every process
     args.run_name = args.run_name or f"llm__{SCRIPT[:-3]}__{args.seed}__{began}"
-    if any(x % count for x in (args.reward_batch_size, args.minibatch_size, args.eval_prompts)):
+    sizes = args.reward_batch_size, args.batch_size, args.minibatch_size, args.eval_prompts
+    if any(size % count for size in sizes):
         raise ValueError(f"batches and --eval-prompts must be multiples of {count} processes")
     return device, count
 
@@ -624,11 +625,10 @@ def parse_args() -> tuple[Args, dict]:
     preset = PRESETS[preset].split() if preset not in ("", given.get("preset")) else []
     args = tyro.cli(Args, default=Args(**given), args=preset + sys.argv[1:])
     read.check_numbers(args, MAY_BE_ZERO)
-    if args.policy_optimizer == "remax":  # one step on each batch, whole
-        args.minibatch_size, args.ppo_epochs = args.batch_size, 1
     if args.demo_weight == args.preference_weight == 0:
         raise ValueError("--demo-weight and --preference-weight are 0: there is nothing to learn")
-    if args.gae_lambda > 1 or args.batch_size % args.minibatch_size:
+    is_ppo = args.policy_optimizer == "ppo"
+    if args.gae_lambda > 1 or is_ppo and args.batch_size % args.minibatch_size:
         raise ValueError("--gae-lambda is at most 1, --minibatch-size divides --batch-size")
     return args, state
 

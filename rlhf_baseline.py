@@ -701,6 +701,7 @@ def llm(args: LlmArgs, state: dict) -> None:
         log = state.get("log", [])  # rows of metrics.csv
         stage, first_step = (log[-1][f"charts/{x}"] for x in ("stage", "step")) if log else (1, 0)
         read.check_steps(first_step if stage == 3 else 0, args, "ppo_steps")
+        state.clear()  # memory and disk of the former checkpoint
         run_dir, track = read.open_run(args, f"{SCRIPT} llm")
 
     models = policy, reference, base, reward, (judge.to(device) if judge else None)

@@ -5,7 +5,7 @@
 #     bash benchmark/smollm2.sh           # the reviews from the hub; DATA=folder: from there
 #     for x in llm llm_sharpness llm_rewards; do python benchmark/$x.py smollm2; done
 # Seeds 1 to 3, fixed before the runs (SEEDS="1 2 3"), JOBS=2 runs side by side. On CPUs, by estimate, a night for a
-# seed. A GB of disk a run, up to 7 while it runs.
+# seed. A GB of disk a run, up to 9 while it runs.
 # Stopped or killed, the same command carries on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -36,7 +36,7 @@ chosen() { # flags of a method: the first trial's, a guess, as the trials have n
 
 run() { # name method preferences seed flags ...
   local name=$1 script=aihf_ppo_llm.py given=() seed=$4
-  [ "runs/$name/policy" -nt "runs/$name/checkpoint.pt" ] && return # finished
+  [ "runs/$name/policy" -nt "runs/$name/checkpoint.pt" ] && { rm -f "runs/$name/"*.pt; return; } # finished
   case $2 in
     rlhf | random) script="rlhf_baseline.py llm" ;;
     *dpo*) script=aihf_dpo_llm.py ;;
@@ -60,7 +60,7 @@ run() { # name method preferences seed flags ...
     # an untrained MiniLM's rewards vary a thirteenth as much, and so does β
     [ "$2" = random ] && given+=(--reward-learning-rate 1e-12 --kl-coefficient 0.004)
   fi
-  python $script "${given[@]}" --threads 1 && rm -f "runs/$name/"*.pt # 5 GB
+  python $script "${given[@]}" --threads 1 && rm -f "runs/$name/"*.pt # 4 GB
 }
 export -f run
 side_by_side() { xargs -P "${JOBS:-2}" -L 1 bash -c 'run "$@" >>"runs/$1.log" 2>&1' _; }

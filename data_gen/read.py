@@ -227,10 +227,15 @@ def write_checkpoint(folder: Path, state: dict, parts: dict, whole) -> None:
     until then the former one counts."""
     write_csv(folder / "metrics.csv", state["log"])
     files = {name: f"checkpoint-{len(state['log'])}-{name}.pt" for name in parts}
-    for name, part in parts.items():
-        write_whole(folder / files[name], partial(torch.save, whole(part.state_dict())))
+    try:
+        for name, part in parts.items():
+            write_whole(folder / files[name], partial(torch.save, whole(part.state_dict())))
+    except BaseException:  # a full disk is not left full
+        for file in files.values() if writes() else ():
+            (folder / file).unlink(missing_ok=True)
+        raise
     write_whole(folder / "checkpoint.pt", partial(torch.save, state | {"files": files}))
-    for path in folder.glob("checkpoint-*.pt") if writes() else ():
+    for path in folder.glob("checkpoint-[0-9]*.pt") if writes() else ():
         if path.name not in files.values():
             path.unlink()
 
@@ -249,7 +254,8 @@ def checkpoint(run: str, script: str, go_on: bool = False) -> dict:
         for name, file in state.get("files", {}).items() if isinstance(state, dict) else ():
             state[name] = load(path.with_name(file))
     except Exception as error:  # almost anything on a damaged file
-        raise ValueError(f"{path} is damaged ({one_line(error)}); begin the run anew") from None
+        what = f"damaged, or just being replaced ({one_line(error)})"
+        raise ValueError(f"{path} is {what}: try again, or begin the run anew") from None
     if not isinstance(state, dict) or state.get("script") != script:
         raise ValueError(f"{path} is no checkpoint of {script}")
     if go_on:

@@ -462,6 +462,8 @@ def test_full_disk(tmp_path, script, world, undisturbed, broken, before):
     steps = load(folder)["log"][-1]["charts/step"]
     assert steps == load(plain)["log"][-1]["charts/step"] - (broken == "save")
     assert not list(folder.glob(".*"))
+    if before:  # nor the files of a checkpoint that was not finished
+        assert len(list(folder.glob("checkpoint-*"))) == len(load(folder)["files"])
     assert resume(script, folder)[0] == 0
     assert_same_run(folder, plain)
     assert weights(folder) == weights(plain)

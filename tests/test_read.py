@@ -402,7 +402,7 @@ def test_checkpoints_parts_are_gathered_and_written_one_at_a_time(tmp_path):
             raise KeyboardInterrupt
         write_whole(path, writer)
 
-    (tmp_path / "policy-1.pt").touch()  # somebody's own
+    (tmp_path / "checkpoint-before.pt").touch()  # somebody's own
     write(1)
     module.weight.data.fill_(3)
     with mock.patch.object(read, "write_whole", stop_before_checkpoint):
@@ -413,12 +413,12 @@ def test_checkpoints_parts_are_gathered_and_written_one_at_a_time(tmp_path):
     write(3)
     own = ["checkpoint-3-policy.pt", "checkpoint-3-policy_optimizer.pt"]
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == [*own, "checkpoint.pt", "metrics.csv", "policy-1.pt"]
+    assert names == [*own, "checkpoint-before.pt", "checkpoint.pt", "metrics.csv"]
     state = read.checkpoint(str(tmp_path), "script.py")
     assert len(state["log"]) == 3 and state["policy"]["weight"].tolist() == [[3, 3], [3, 3]]
     assert state["policy_optimizer"]["param_groups"][0]["lr"] == 0.5 and len(alive) == 6
     (tmp_path / own[0]).unlink()
-    with pytest.raises(ValueError, match=f"checkpoint.pt is damaged .*{own[0]}"):
+    with pytest.raises(ValueError, match=f"checkpoint.pt is damaged, .*{own[0]}"):
         read.checkpoint(str(tmp_path), "script.py")
 
 
