@@ -157,13 +157,10 @@ def main() -> None:
     evaluation = partial(evaluate, models, held_out, args, run_dir)
     if args.evaluate:
         return evaluation(log[-1]["charts/step"])
-    started = time.perf_counter()
+    log = log or [{"charts/step": 0, "charts/wall_seconds": 0} | evaluation(0)]
+    track(log[-1], step=len(log) - 1)
     sides = [row for pair in pairs for row in pair]
     reference_log_probs = reference.frozen_log_probs(sides).view(-1, 2)
-    if not log:
-        log.append({"charts/step": 0} | evaluation(0))
-        log[0]["charts/wall_seconds"] = time.perf_counter() - started
-        track(log[0], step=0)
     size = args.batch_size
 
     for step in tqdm(range(len(log) - 1, args.dpo_steps), "AIHF-DPO", disable=not read.writes()):

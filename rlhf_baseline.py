@@ -143,7 +143,7 @@ def hold_out(count: int, share: float, rng: np.random.Generator) -> list[Tensor]
     return torch.from_numpy(rng.permutation(count)).split([count - held_out, held_out])
 
 
-def fit(module: nn.Module, loss, split, batch_size, updates, learning_rate, anneal, rng):
+def fit(run_dir: Path, module, loss, split, batch_size, updates, learning_rate, anneal, rng):
     """Adam on loss(rows), rows a batch from split[0]; keeps the parameters with the lowest loss on
     split[1], held out. Returns their number of updates and this loss."""
     optimizer, (train, held_out), best = torch.optim.Adam(module.parameters()), split, math.inf
@@ -155,11 +155,10 @@ def fit(module: nn.Module, loss, split, batch_size, updates, learning_rate, anne
         optimizer.step()
         if update % CHECK_EVERY == 0 or update == updates:
             with torch.no_grad():
-                value = loss(held_out).item()
-            if not math.isfinite(value):
-                raise SystemExit(f"error: the held-out loss is {value} after {update} updates")
+                value = loss(held_out)
+            read.check_finite(update, run_dir, held_out_loss=value)
             if value < best:
-                best, kept, parameters = value, update, copy.deepcopy(module.state_dict())
+                best, kept, parameters = value.item(), update, copy.deepcopy(module.state_dict())
     module.load_state_dict(parameters)
     return kept, best
 
@@ -262,7 +261,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             return -actor(obs[steps], (u[steps] - mu) / log_std.exp())[1].mean()
 
         schedule = args.bc_batch_size, args.bc_updates, args.bc_learning_rate, args.anneal
-        kept, loss = fit(actor, cloning_loss, split, *schedule, rng)
+        kept, loss = fit(run_dir, actor, cloning_loss, split, *schedule, rng)
         row = {"bc/updates": kept, "bc/held_out_log_likelihood": -loss}
         with torch.no_grad():
             actor.net[0].weight /= std  # from here on the policy sees observations as they are
@@ -282,7 +281,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             return -F.logsigmoid((preferred - other).sum(-1)).mean()
 
         schedule = args.preference_batch_size, args.reward_updates, args.reward_learning_rate
-        kept, loss = fit(reward, preference_loss, pair_split, *schedule, args.anneal, rng)
+        kept, loss = fit(run_dir, reward, preference_loss, pair_split, *schedule, args.anneal, rng)
         row = {"reward/updates": kept, "reward/held_out_loss": loss}
         preferred, other = (reward(side[pair_split[1]]).sum(-1) for side in segments)
         row["reward/held_out_accuracy"] = (preferred > other).double().mean().item()

@@ -141,15 +141,12 @@ def main() -> None:
         score(dialogues, judge, args, recipe, scores)
     rng = np.random.default_rng(args.seed)
     split = divide(scores.numpy(), args.demonstrations, args.preferences, rng)
-    columns = {
-        "demonstrations": {"prompt": "prompt", "completion": "chosen"},
-        "preferences": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
-        "prompts": {"prompt": "prompt"},
-    }
+    columns = {"demonstrations": ("prompt", "completion")}  # of prompt, chosen and rejected
+    columns |= {"preferences": ("prompt", "chosen", "rejected"), "prompts": ("prompt",)}
     counts = {name: len(indices) for name, indices in zip(columns, split)}
     found = {"rows": len(rows), "dropped": dropped, "counts": counts, "chosen_score_mean": {}}
     for (name, keys), indices in zip(columns.items(), split):
-        lines = [{new: dialogues[i][old] for new, old in keys.items()} for i in indices]
+        lines = [dict(zip(keys, dialogues[i].values())) for i in indices]
         write.rows(output_dir / f"{name}.jsonl", lines)
         if args.demonstrations and len(indices):
             found["chosen_score_mean"][name] = scores[indices].mean().item()

@@ -352,13 +352,13 @@ def pretrain(args: Pretrain, device: torch.device, output_dir: Path, work_dir: P
 # --------------------------------------------------------------------------------- 2. classifier
 @torch.no_grad()
 def scores(model, reviews: list[np.ndarray], length: int, around) -> np.ndarray:
-    """Raw positive minus negative logit, or the only one, of each review's first `length` tokens,
-    with the special tokens `around` them: (reviews,)."""
+    """Raw positive minus negative logit of each review's first `length` tokens, with the special
+    tokens `around` them: (reviews,)."""
     found = []
     for part in tqdm(read.parts(0, len(reviews), 64), desc=f"scores of {length} tokens"):
         rows = [row[:length] for row in reviews[part]]
         logits = model(**inputs(model, rows, around)).logits.float()
-        found.append(logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0.0))
+        found.append(logits[:, 1] - logits[:, 0])
     return torch.cat(found).double().cpu().numpy()
 
 
@@ -497,7 +497,7 @@ def train_policies(args: Tiers, work_dir: Path, prompts: int) -> dict[int, Path]
     """{PPO steps: folder} of three policies: the base model, and two of rlhf_baseline.py without
     its first two stages, on the ground truth, carried on once; a copy of each export is kept."""
     model, truth, work = map(shlex.quote, (args.model, args.classifier, str(work_dir)))
-    begin = f"""--model-name-or-path {model} --sft-model-path {model} --reward-model-path {truth}
+    flags = f"""--model-name-or-path {model} --sft-model-path {model} --reward-model-path {truth}
         --ground-truth-path {truth} --prompts {work}/ppo_prompts.jsonl --seed {args.seed}
         --response-length {args.response_length} --batch-size {args.batch_size}
         --minibatch-size {args.batch_size // 2} --ppo-epochs 2 --no-anneal
@@ -505,20 +505,16 @@ def train_policies(args: Tiers, work_dir: Path, prompts: int) -> dict[int, Path]
         --kl-coefficient {args.kl_coefficient} --max-prompt-length {args.prompt_tokens[1] + 1}
         --checkpoint-every 10 --eval-every 10
         --eval-prompts {max(1, min(128, prompts // 2))} --threads {args.threads}
-        --dtype {"bfloat16" if args.bf16 else "float32"}
-        --runs-dir {work} --run-name ppo"""
+        --dtype {"bfloat16" if args.bf16 else "float32"}"""
     run, policies = work_dir / "ppo", {0: Path(args.model)}
     for step in args.ppo_steps:
         policies[step] = work_dir / f"policy_{step}"
         if not policies[step].exists():
             script = Path(__file__).resolve().parents[1] / "rlhf_baseline.py"
-            resume = (run / "checkpoint.pt").exists()
-            words = (
-                f"--resume {work}/ppo --prompts {work}/ppo_prompts.jsonl --threads {args.threads}"
-            )
-            words = shlex.split(words if resume else begin)
-            command = [sys.executable, str(script), "llm", *words, "--ppo-steps", str(step)]
-            if code := subprocess.run(command).returncode:
+            begun = (run / "checkpoint.pt").exists()
+            where = f"--resume {work}/ppo" if begun else f"--runs-dir {work} --run-name ppo"
+            words = shlex.split(f"llm {flags} {where} --ppo-steps {step}")
+            if code := subprocess.run([sys.executable, str(script), *words]).returncode:
                 raise SystemExit(code)
             read.write_whole(policies[step], lambda path: shutil.copytree(run / "policy", path))
     return policies
@@ -531,7 +527,7 @@ def tiers(args: Tiers, device: torch.device, output_dir: Path, work_dir: Path) -
         truth = aihf_ppo_llm.Scorer(args.classifier, settings, trained=True)
         if not args.data and fast.bos_token_id is None:
             raise ValueError(f"{args.model} has no token to begin a review with: give --data")
-        prompts = write_prompts(model.eval(), fast, args)  # the same on every machine: on the CPU
+        prompts = write_prompts(model, fast, args)  # the same on every machine: on the CPU
         weights = [x.detach().numpy() for m in (model, truth) for x in m.parameters()]
         made_from = read.fingerprint(prompts, *weights)
         may_change = {"output_dir": "", "work_dir": "", "threads": ""}
@@ -548,7 +544,7 @@ def tiers(args: Tiers, device: torch.device, output_dir: Path, work_dir: Path) -
     asked = prompts[ends[0] : ends[1]]
     for step, folder in policies.items():
         policy = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
-        policy.float().to(device).eval()
+        policy.float().to(device)
         texts = []
         for start in tqdm(range(0, len(asked), 100), desc=f"3/4 responses after {step} PPO steps"):
             batch, seed = asked[start : start + 100], [args.seed, step, start]

@@ -115,7 +115,7 @@ def to_minari(npz: Path, dataset_id: str, env_id: str) -> str:
     return f"wrote {dataset_id}: {len(episodes)} episodes, {start} steps, in {path}"
 
 
-def from_minari(dataset_id: str, npz: Path, episodes: int = 0) -> str:
+def from_minari(dataset_id: str, npz: Path, episodes: int) -> str:
     """Make an episode file of the dataset's first episodes; a line that says what was written.
 
     ValueError on a dataset that is missing, damaged, empty or not of float vectors, and on an

@@ -25,6 +25,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -89,9 +90,7 @@ def train(args: Args, env, actor: Actor, work_dir: Path, state: dict) -> list:
     with read.input_errors():
         replay = np.zeros((args.total_timesteps, sum(widths)), np.float32)
     if state:
-        for net, tensors in state["sac"].items():
-            for key, tensor in tensors.items():
-                sac[net][key].copy_(tensor)
+        tree_map(torch.Tensor.copy_, sac, state["sac"])
         step, candidates, rng.bit_generator.state = map(state.get, ("step", "candidates", "rng"))
         replay[:step] = state["replay"]
 
@@ -280,9 +279,8 @@ def main() -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         actor = Actor(obs_dim, act_dim, args.hidden).to(device)
         work_dir = Path(args.work_dir or f"runs/mujoco_data__{args.env}__{args.seed}")
-        begun = (work_dir / "checkpoint.pt").exists()
-        state = read.checkpoint(work_dir, SCRIPT) if begun else {}
-        if begun and (state.get("recipe") != recipe(args) or state["step"] > args.total_timesteps):
+        state = read.checkpoint(work_dir, SCRIPT) if (work_dir / "checkpoint.pt").exists() else {}
+        if state and (state.get("recipe") != recipe(args) or state["step"] > args.total_timesteps):
             found = "a longer training, or one with other arguments"
             raise ValueError(f"{work_dir} holds {found}; see --work-dir")
         output_dir = Path(args.output_dir or f"data_gen/assets/mujoco/{args.env}")

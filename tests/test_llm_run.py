@@ -1063,7 +1063,7 @@ def test_tracking_is_asked_for_and_may_refuse(tmp_path, script, world, monkeypat
     }
     rows.clear()
     assert resume(script, folder, "--track", script.steps, 2)[0] == 0
-    assert [step for step, _ in rows] == of(script, ppo=[1, 2], dpo=[2], rlhf=[last + 1])
+    assert [step for step, _ in rows] == of(script, ppo=[1, 2], dpo=[1, 2], rlhf=[last + 1])
     assert settings["resume"] == "allow"
     settings.clear()
     assert run_script(script.module, [*script.command, "--evaluate", folder], tmp_path)[0] == 0

@@ -197,11 +197,11 @@ KILLS = [  # before which call of a function, how, and how many rows metrics.csv
     (AIHF, "torch.optim:Adam.step", 8, signal.SIGTERM, 3),
     (AIHF, "torch.func.functional_call", 483, signal.SIGKILL, 4),
     (AIHF, "os.replace", 7, signal.SIGKILL, 5),
-    # RLHF: 17 and 13 steps of Adam in stages 1 and 2, a check an iteration
+    # RLHF: 17 and 13 steps of Adam and a check each in stages 1 and 2, a check an iteration
     (RLHF, "torch.optim:Adam.step", 7, signal.SIGINT, 0),
     (RLHF, "torch.optim:Adam.step", 24, signal.SIGKILL, 1),
     (RLHF, "torch.corrcoef", 2, signal.SIGKILL, 3),  # in the evaluation after iteration 2
-    (RLHF, "data_gen.read.check_finite", 4, signal.SIGINT, 5),
+    (RLHF, "data_gen.read.check_finite", 6, signal.SIGINT, 5),
     (RLHF, "torch.save", 4, signal.SIGKILL, 6),
 ]
 
