@@ -641,7 +641,7 @@ for name, argv, port in json.loads(Path("jobs.json").read_text()):
     with open("shards.jsonl", "a") as file:
         print(json.dumps([name, shards]), file=file)
     print(*result, flush=True)
-    assert result[0] == 0 and "Warning" not in result[2], result[2]
+    assert result[0] == 0 and "returned a view" not in result[2], result[2]  # FSDP2 warns of it
     assert not torch.distributed.is_initialized()
 Path("done" + os.environ["RANK"]).touch()
 """
