@@ -7,9 +7,9 @@ script the shipped one is; writes benchmark/results/llm_steps.csv. Allow an hour
 llm_speed.py: one core, one thread, the embedded model; all take turns in every round.
 
 Undone: Adam fused into one call; logits of the responses alone; keys and values kept while a
-response is sampled. Tried and not shipped: torch.compile of the policy's passes, but not of
-sampling or of the value network's; DPO's pairs in micro-batches of 8, and these sorted by length,
-for less padding. --dtype bfloat16 is a flag.
+response is sampled; attention step by step, not fused. Tried and not shipped: torch.compile of the
+policy's passes, but not of sampling or of the value network's. --dtype bfloat16 is a flag, also
+measured with fused attention.
 """
 
 import importlib
@@ -72,14 +72,8 @@ def compiled(module) -> None:
     module.Policy.forward = through_compiler
 
 
-def sorted_by_length(module) -> None:
-    rows, draw, found = module.Policy.rows, read.draw, []  # found: of pairs, as no others are read
-    module.Policy.rows = lambda *args: found.append(rows(*args)) or found[-1]
-
-    def lengths(i: int) -> tuple[int, int]:  # prompts and responses are padded apart
-        return max(len(y) for _, y in found[-1][i]), len(found[-1][i][0][0])
-
-    read.draw = lambda *args: sorted(draw(*args), key=lengths)
+def fused_attention(module) -> None:
+    transformers.PreTrainedModel.set_attn_implementation = lambda self, name: None
 
 
 CHANGES = {  # what it does to a script, and its flags
@@ -87,15 +81,14 @@ CHANGES = {  # what it does to a script, and its flags
     "logits_of_prompts_too": (logits_of_prompts_too, ()),
     "nothing_cached": (nothing_cached, ()),
     "compiled": (compiled, ()),
-    "small_micro_batches": (None, ("--micro-batch-size", "8")),
-    "small_and_sorted": (sorted_by_length, ("--micro-batch-size", "8")),
+    "fused_attention": (fused_attention, ()),
     "bfloat16": (None, ("--dtype", "bfloat16")),
+    "bfloat16_and_fused": (fused_attention, ("--dtype", "bfloat16")),
 }
-EVERYWHERE = ("unfused_adam", "logits_of_prompts_too", "compiled", "bfloat16")
 TURNS = {  # training: the changes that can make a difference
-    "dpo": (*EVERYWHERE, "small_micro_batches", "small_and_sorted"),
-    "remax": (*EVERYWHERE, "nothing_cached"),
-    "ppo": (*EVERYWHERE, "nothing_cached"),
+    "dpo": [change for change in CHANGES if change != "nothing_cached"],
+    "remax": list(CHANGES),
+    "ppo": list(CHANGES),
 }
 
 

@@ -46,7 +46,7 @@ run() { # name method preferences seed flags ...
   else
     given=(--seed "$seed" --run-name "$name" --model-name-or-path runs/smollm2 --ground-truth-path runs/smollm2_judge)
     for rows in demonstrations preferences prompts; do given+=("--$rows" "runs/smollm2_data/$rows.jsonl"); done
-    given+=(--num-preferences "$3")
+    given+=(--num-preferences "$3" --dtype bfloat16)
     case $2 in
       *dpo*) given+=(--dpo-steps 120 --eval-every 30 --checkpoint-every 60) ;;
       *) given+=(--reward-model-path runs/minilm --ppo-steps 40 --eval-every 10 --checkpoint-every 20)

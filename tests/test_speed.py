@@ -134,7 +134,7 @@ def test_our_training_is_the_shipped_script_with_flags_it_has(monkeypatch, train
     [
         ("dpo", "unfused_adam"),
         ("dpo", "logits_of_prompts_too"),
-        ("dpo", "small_and_sorted"),
+        ("dpo", "fused_attention"),
         ("ppo", "nothing_cached"),
     ],
 )
@@ -145,6 +145,7 @@ def test_a_changed_step_is_another_way_to_the_same_numbers(tmp_path, monkeypatch
 
     def recorded(self, input_ids, logits_to_keep, use_cache, **others):
         seen.append((input_ids.shape, logits_to_keep, use_cache))
+        seen.append(("attention", self.config._attn_implementation))
         return forward(
             self, input_ids, logits_to_keep=logits_to_keep, use_cache=use_cache, **others
         )
@@ -156,8 +157,8 @@ def test_a_changed_step_is_another_way_to_the_same_numbers(tmp_path, monkeypatch
     monkeypatch.setattr(transformers.GPT2LMHeadModel, "forward", recorded)
     monkeypatch.setattr(torch.optim, "Adam", recorded_adam)
     monkeypatch.chdir(ROOT)
-    places = [(torch.optim, "Adam"), (script.Policy, "forward"), (llm_steps.read, "draw")]
-    for owner, name in places + ([(script.Policy, "rows")] if training == "dpo" else []):
+    places = [(torch.optim, "Adam"), (script.Policy, "forward")]
+    for owner, name in [*places, (transformers.PreTrainedModel, "set_attn_implementation")]:
         monkeypatch.setattr(owner, name, getattr(owner, name))  # as it is now, afterwards
     flags = f"""--eval-prompts 2 --{training}-steps 2 --batch-size 24 --no-cuda --threads 1
         --learning-rate 1e-5 --num-preferences 40 --ground-truth-path= --runs-dir {tmp_path} """
@@ -180,7 +181,7 @@ def test_a_changed_step_is_another_way_to_the_same_numbers(tmp_path, monkeypatch
         "unfused_adam": lambda seen: ("fused", True) not in seen,
         "logits_of_prompts_too": lambda seen: all(x[0][1] == x[1] for x in seen if len(x) == 3),
         "nothing_cached": lambda seen: not any(x[2] for x in seen if len(x) == 3),
-        "small_and_sorted": lambda seen: sum(x[0][1] for x in seen if x[0][0] == 16) < 6 * 36,
+        "fused_attention": lambda seen: ("attention", "eager") not in seen,
     }
     assert [effects[change](found) for found in passes] == [False, True]
 
