@@ -395,7 +395,7 @@ def classifier(args: Classifier, device: torch.device, output_dir: Path, work_di
         torch.manual_seed(args.seed)  # of the new head
         head = {"id2label": {0: "NEGATIVE", 1: "POSITIVE"}}
         head["label2id"] = {"NEGATIVE": 0, "POSITIVE": 1}
-        settings = aihf_ppo_llm.Args()
+        settings = aihf_ppo_llm.Args(dtype="bfloat16" if args.bf16 else "float32")
         model, fast = aihf_ppo_llm.load("SequenceClassification", args.model, settings, **head)
         fast.pad_token = fast.pad_token or fast.eos_token  # GPT-2 has none
         if fast.pad_token is None:

@@ -134,7 +134,7 @@ def test_our_training_is_the_shipped_script_with_flags_it_has(monkeypatch, train
     [
         ("dpo", "unfused_adam"),
         ("dpo", "logits_of_prompts_too"),
-        ("dpo", "fused_attention"),
+        ("dpo", "bfloat16_fused_attention"),
         ("ppo", "nothing_cached"),
     ],
 )
@@ -181,7 +181,7 @@ def test_a_changed_step_is_another_way_to_the_same_numbers(tmp_path, monkeypatch
         "unfused_adam": lambda seen: ("fused", True) not in seen,
         "logits_of_prompts_too": lambda seen: all(x[0][1] == x[1] for x in seen if len(x) == 3),
         "nothing_cached": lambda seen: not any(x[2] for x in seen if len(x) == 3),
-        "fused_attention": lambda seen: ("attention", "eager") not in seen,
+        "bfloat16_fused_attention": lambda seen: ("attention", "eager") not in seen,
     }
     assert [effects[change](found) for found in passes] == [False, True]
 
