@@ -139,7 +139,7 @@ def test_our_training_is_the_shipped_script_with_flags_it_has(monkeypatch, train
     ],
 )
 def test_a_changed_step_is_another_way_to_the_same_numbers(tmp_path, monkeypatch, training, change):
-    """But for rounding; compiled and bfloat16 are left to the benchmark."""
+    """But for rounding; of bfloat16 the effect alone; compiled is left to the benchmark."""
     script, adam = importlib.import_module(f"aihf_{training}_llm"), torch.optim.Adam
     forward, seen = transformers.GPT2LMHeadModel.forward, []
 
@@ -176,7 +176,8 @@ def test_a_changed_step_is_another_way_to_the_same_numbers(tmp_path, monkeypatch
     for row in rows:
         del row["charts/wall_seconds"]
     shipped, changed = ({key: float(x or 0) for key, x in row.items()} for row in rows)
-    assert changed == pytest.approx(shipped, rel=1e-3, abs=1e-4)
+    if "bfloat16" not in change:  # which rounds as large as this
+        assert changed == pytest.approx(shipped, rel=1e-3, abs=1e-4)
     effects = {
         "unfused_adam": lambda seen: ("fused", True) not in seen,
         "logits_of_prompts_too": lambda seen: all(x[0][1] == x[1] for x in seen if len(x) == 3),
