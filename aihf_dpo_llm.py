@@ -235,7 +235,7 @@ def load(kind: str, name: str, args: Args):
     if max(tokenizer.vocab_size - 1, *used) >= size:
         raise ValueError(f"the tokenizer of {name} has more tokens than its model")
     if args.dtype == "bfloat16" and not (args.cuda and torch.cuda.is_available()):
-        model.set_attn_implementation("eager")  # fused, a step takes up to twice as long
+        model.set_attn_implementation("eager")  # fused attention is slow on a CPU
     for block in blocks(model) if args.gradient_checkpointing else ():
         options = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout
         block.forward = partial(checkpoint, block.forward, **options)
