@@ -298,7 +298,6 @@ class Policy(nn.Module):
         empty = torch.zeros(0, device=self.lm.device)
         return gather(torch.cat([empty, *map(self.log_probs, batches)]))[: len(rows)]
 
-    @torch.no_grad()
     def sample(self, prompts: list[list[int]], rng: np.random.Generator) -> list[list[int]]:
         """Responses to prompts, which processes share: ids up to and with the end token. A row has
         response_length of the rng's numbers, however early it ends; each picks a token by inverse
@@ -306,16 +305,18 @@ class Policy(nn.Module):
         uniform = torch.from_numpy(share(rng.random((len(prompts), self.args.response_length))))
         ids, mask = (x.to(self.lm.device) for x in read.pad(share(prompts), left=True))
         tokens, cache, ended = [], {}, torch.zeros_like(ids[:, :1], dtype=torch.bool)
-        for u in uniform.to(ids.device).unbind(1):
-            logits, cache = self(ids, mask, 1, cache)
-            cumulative = logits[:, -1].softmax(-1).double().cumsum(-1)
-            ids = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)
-            ids = ids.clamp(max=logits.shape[-1] - 1).masked_fill(ended, 0)
-            tokens.append(ids)
-            ended = ended | (ids == self.texts.eos_id)
-            if gather(ended).all():
-                break
-            mask = torch.cat([mask, torch.ones_like(ids)], 1)
+        alone = not dist.is_initialized()  # and casts weights to bfloat16 once, not per token
+        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False, cache_enabled=alone):
+            for u in uniform.to(ids.device).unbind(1):
+                logits, cache = self(ids, mask, 1, cache)
+                cumulative = logits[:, -1].softmax(-1).double().cumsum(-1)
+                ids = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)
+                ids = ids.clamp(max=logits.shape[-1] - 1).masked_fill(ended, 0)
+                tokens.append(ids)
+                ended = ended | (ids == self.texts.eos_id)
+                if gather(ended).all():
+                    break
+                mask = torch.cat([mask, torch.ones_like(ids)], 1)
         responses = gather(torch.cat(tokens, 1)).tolist()
         end = self.texts.eos_id  # a row is cut after its first end token, if it has one
         return [row[: row.index(end) + 1] if end in row else row for row in responses]

@@ -891,7 +891,6 @@ class Policy(nn.Module):
         log_probs = (logits[:, -length - 1 : -1] / self.args.temperature).log_softmax(-1)
         return log_probs.gather(-1, ids[:, -length:, None]).squeeze(-1) * alive
 
-    @torch.no_grad()
     def sample(self, prompts: list[list[int]], rng: np.random.Generator):
         """Of this process's rows: ids and mask (rows, P + N) of prompt and response, the responses'
         mask (rows, N), end token included, and whether it came (rows,). Of all rows: the responses'
@@ -901,16 +900,17 @@ class Policy(nn.Module):
         ids, mask = (x.to(self.lm.device) for x in read.pad(share(prompts), left=True))
         token, cache, width = ids, {}, ids.shape[1]
         ended = torch.zeros_like(ids[:, :1], dtype=torch.bool)
-        for u in uniform.to(ids.device).unbind(1):
-            logits, cache = self(token, mask, 1, cache)
-            logits = logits[:, -1] / self.args.temperature
-            cumulative = logits.softmax(-1).double().cumsum(-1)
-            token = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)
-            token = token.clamp(max=logits.shape[-1] - 1).masked_fill(ended, 0)
-            ids, mask = torch.cat([ids, token], 1), torch.cat([mask, (~ended).long()], 1)
-            ended = ended | (token == self.texts.eos_id)
-            if total((~ended).sum()) == 0:
-                break
+        alone = not dist.is_initialized()  # and casts weights to bfloat16 once, not per token
+        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False, cache_enabled=alone):
+            for u in uniform.to(ids.device).unbind(1):
+                logits, cache = self(token, mask, 1, cache)
+                cumulative = (logits[:, -1] / self.args.temperature).softmax(-1).double().cumsum(-1)
+                token = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)
+                token = token.clamp(max=logits.shape[-1] - 1).masked_fill(ended, 0)
+                ids, mask = torch.cat([ids, token], 1), torch.cat([mask, (~ended).long()], 1)
+                ended = ended | (token == self.texts.eos_id)
+                if total((~ended).sum()) == 0:
+                    break
         responses, alive = ids[:, width:], mask[:, width:]
         rows = zip(gather(responses).tolist(), gather(alive.sum(-1)).tolist())
         texts = self.texts.decode(prompts, [row[:length] for row, length in rows])

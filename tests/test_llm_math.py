@@ -23,6 +23,7 @@ import tokenizers
 import torch
 import transformers
 from helpers import load, read_rows, run_script, write_rows
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import aihf_dpo_llm as dpo
 import aihf_ppo_llm as ppo
@@ -661,6 +662,32 @@ def test_cache_and_padding_change_nothing(tmp_path, script, kind):
         assert found == [plain.sample(x, u, temperature) for x, u in zip(PROMPTS, uniform)]
         ends += sum(y[-1] == EOS for y in found)
     assert 0 < ends < 12
+
+
+class WeightCasts(TorchDispatchMode):
+    """Counts those of weights to bfloat16."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and isinstance(args[0], torch.nn.Parameter):
+            self.count += kwargs["dtype"] == torch.bfloat16
+        return function(*args, **(kwargs or {}))
+
+
+@POLICIES
+def test_sampling_casts_each_weight_once_unless_they_are_shards(tmp_path, script):
+    """FSDP2 gathers a block's weights where they are used: all of them are never held at once."""
+    policy, rows, counts = make_policy(script, tmp_path, "GPT2", dtype="bfloat16"), [], []
+    with mock.patch.multiple(script, share=lambda x: x, gather=lambda x: x):
+        for processes in (False, True):
+            torch.set_autocast_cache_enabled(False)  # as start_processes does
+            with mock.patch.object(torch.distributed, "is_initialized", lambda: processes):
+                with WeightCasts() as casts:
+                    rows.append(sampled(script, policy, np.random.default_rng(0).random((3, 6))))
+            counts.append(casts.count)
+            assert not torch.is_autocast_cache_enabled() and torch.is_grad_enabled()
+    assert rows[0] == rows[1] and counts[1] in {counts[0] * n for n in range(2, 7)}
 
 
 @POLICIES
