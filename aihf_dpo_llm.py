@@ -55,7 +55,7 @@ class Args:
     preferences: str = f"{ASSETS}/preferences.jsonl"  # {prompt, chosen, rejected}
     num_demonstrations: int = 1000  # the first rows; 0 for all
     num_preferences: int = 1000  # the first rows; 0 for all
-    prompts: str = f"{ASSETS}/prompts.jsonl"  # {prompt}; the last --eval-prompts are read
+    prompts: str = f"{ASSETS}/prompts.jsonl"  # {prompt}; the last --eval-prompts are for evaluation
     seed: int = 1  # of batches; evaluation has a seed of its own
     max_prompt_length: int = 64  # tokens; of longer ones the last are read
     response_length: int = 24  # tokens at most; longer responses of the data are cut
@@ -223,8 +223,8 @@ def main() -> None:
 # Every pass of a policy goes through its forward, where FSDP2 gathers its parameters. Dropout is
 # off: models stay in evaluation mode, as from_pretrained returns them.
 def load(kind: str, name: str, args: Args):
-    """A float32 model of a transformers Auto class and its tokenizer; no remote code is run."""
-    auto, no_code = getattr(transformers, kind), {"trust_remote_code": False}
+    """The float32 model that AutoModelFor<kind> gives, and its tokenizer; no remote code is run."""
+    auto, no_code = getattr(transformers, f"AutoModelFor{kind}"), {"trust_remote_code": False}
     model, info = auto.from_pretrained(name, output_loading_info=True, **no_code)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **no_code)
     if info["missing_keys"]:
@@ -252,7 +252,7 @@ class Policy(nn.Module):
 
     def __init__(self, name: str, args: Args):
         super().__init__()
-        self.lm, self.tokenizer = load("AutoModelForCausalLM", name, args)
+        self.lm, self.tokenizer = load("CausalLM", name, args)
         self.texts = read.Texts(self.tokenizer, args.max_prompt_length, args.response_length)
         self.args, self.vocabulary = args, self.tokenizer.get_vocab()
         limit = getattr(self.lm.config, "max_position_embeddings", None) or 10**6
@@ -305,7 +305,7 @@ class Policy(nn.Module):
         uniform = torch.from_numpy(share(rng.random((len(prompts), self.args.response_length))))
         ids, mask = (x.to(self.lm.device) for x in read.pad(share(prompts), left=True))
         tokens, cache, ended = [], {}, torch.zeros_like(ids[:, :1], dtype=torch.bool)
-        alone = not dist.is_initialized()  # and casts weights to bfloat16 once, not per token
+        alone = not dist.is_initialized()  # then weights are cast to bfloat16 once, not per token
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False, cache_enabled=alone):
             for u in uniform.to(ids.device).unbind(1):
                 logits, cache = self(ids, mask, 1, cache)
@@ -324,7 +324,7 @@ class Policy(nn.Module):
 
 def load_judge(name: str, args: Args, device: torch.device):
     """The ground truth, a sequence classifier, and its tokenizer, which keeps the end of a text."""
-    model, tokenizer = load("AutoModelForSequenceClassification", name, args)
+    model, tokenizer = load("SequenceClassification", name, args)
     if model.config.num_labels > 2:
         raise ValueError(f"{name} has more than two outputs: it is no reward model")
     if hasattr(model, "score"):  # a decoder: texts come one by one, none is padded

@@ -65,7 +65,7 @@ class Args:
     max_prompt_length: int = 64  # tokens; of a longer prompt the policy reads the last ones
     response_length: int = 24  # tokens at most; longer demonstrations are cut, preferences not
     temperature: float = 1.0  # of sampling; logits are divided by it in every log-probability
-    micro_batch_size: int = 64  # rows in a forward pass (R: up to 4 times that); sampling: all rows
+    micro_batch_size: int = 64  # rows in a forward pass (R: up to 4 times that); not of sampling
     anneal: bool = True  # let the learning rates fall linearly to 0 over the run (paper: no)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
 
@@ -436,7 +436,7 @@ class Policy(nn.Module):
         ids, mask = (x.to(self.lm.device) for x in read.pad(share(prompts), left=True))
         token, cache, width = ids, {}, ids.shape[1]
         ended = torch.zeros_like(ids[:, :1], dtype=torch.bool)
-        alone = not dist.is_initialized()  # and casts weights to bfloat16 once, not per token
+        alone = not dist.is_initialized()  # then weights are cast to bfloat16 once, not per token
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False, cache_enabled=alone):
             for u in uniform.to(ids.device).unbind(1):
                 logits, cache = self(token, mask, 1, cache)

@@ -55,12 +55,12 @@ class Args:
     preference_batch_size: int = 64  # pairs in each reward update
     rollout_memory: int = 10  # latest policies whose rollouts g1 sees (Algorithm 1: 1)
     reward_learning_rate: float = 1e-3  # Adam's (paper: 1e-4)
-    reward_range: tuple[float, float] | None = None  # of r; None: (0, 4) if it can fall, else ±10
+    reward_range: tuple[float, float] | None = None  # of r; None: (0, 4) if robots fall, else ±10
     gradient_penalty: float = 1000.0  # weight of the penalty on slopes of r above 1 (paper: none)
 
     # Lower level: the policy
     policy_steps_per_iteration: int = 5_000  # SAC steps in an iteration, which begins with a reset
-    demos_in_replay: bool | None = None  # SAC learns from D too (paper: no); None: if it can fall
+    demos_in_replay: bool | None = None  # SAC learns from D too (paper: no); None: if robots fall
     learning_starts: int = 5_000  # steps of uniformly random actions before the first update
     learning_rate: float = 1e-3  # Adam's (paper: 3e-3; the authors' code: 1e-3)
     anneal: bool = True  # let both learning rates fall to 0 at --total-timesteps (paper: no)
@@ -257,13 +257,13 @@ def main() -> None:
                 batches = torch.from_numpy(replay[index]).to(device).split(widths, dim=-1)
                 s, a, next_s, terminations = (field.contiguous() for field in batches)
                 with torch.no_grad():  # relabelled: today's reward for transitions of any age
-                    rewards = reward(reward.features(s, a)).float()  # no guard looks at dtypes
+                    rewards = reward(reward.features(s, a)).float()  # compiled code checks no dtype
                 noise = rng.standard_normal((block, 2, args.batch_size, act_dim), np.float32)
                 noise = torch.from_numpy(noise).to(device)
                 for batch in zip(s, a, rewards, next_s, terminations.squeeze(-1), noise):
                     losses = update(sac, learning_rate, *batch)
                 averaged.update_parameters(actor)
-                read.check_finite(step, run_dir, rewards=rewards, losses=losses, **sac["actor"])
+                read.check_finite(step, run_dir, rewards=rewards, sac_losses=losses, **sac["actor"])
             bar.update(block)
         fall_rate = float(replay[demo_steps:][first_step:step, -1].mean())  # falls per SAC step
         fewest = min(row.get("charts/fall_rate", 1.0) for row in log[-9:])  # of the nine before
@@ -446,7 +446,7 @@ def compile_update(update, sac: dict, obs_dim: int, act_dim: int, n: int):
 
 # --------------------------------------------------------------------------- play and evaluate
 def make_env(name: str) -> gym.Env:
-    """A robot, actions in [-1, 1], observations copied (it may reuse theirs); or ValueError."""
+    """A robot, actions in [-1, 1], observations copied, as it may overwrite them; or ValueError."""
     gym.logger.min_level = gym.logger.ERROR  # it warns of v4 at every make
     env = gym.wrappers.TransformObservation(gym.make(name, disable_env_checker=True), np.copy, None)
     spaces = env.observation_space, env.action_space

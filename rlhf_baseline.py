@@ -69,10 +69,10 @@ class MujocoArgs:
     segment_length: int = 50  # steps of each side of a preference
     preference_batch_size: int = 64  # pairs in each reward update
     reward_learning_rate: float = 3e-4  # Adam's (paper: 1e-4)
-    reward_range: tuple[float, float] | None = None  # of r; None: (0, 4) if it can fall, else ±10
+    reward_range: tuple[float, float] | None = None  # of r; None: (0, 4) if robots fall, else ±10
 
     # 3. RL
-    demos_in_replay: bool | None = None  # SAC learns from D too (paper: no); None: if it can fall
+    demos_in_replay: bool | None = None  # SAC learns from D too (paper: no); None: if robots fall
     critic_warmup_steps: int = 10_000  # SAC steps in which the clone acts and does not learn
     kl_coefficient: float = 10.0  # β of (4): less loses the clone; 0: SAC's entropy bonus, β tuned
     policy_steps_per_iteration: int = 5_000  # SAC steps from a reset to a row of metrics.csv
@@ -209,7 +209,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
         widths = (obs_dim, act_dim, obs_dim, 1)  # a transition: s, a, s', whether it ended there
         demo_steps = len(demos.obs) if args.demos_in_replay else 0  # kept before SAC's own
         replay = np.zeros((demo_steps + args.total_timesteps, sum(widths)), np.float32)
-        replay[:demo_steps] = np.column_stack([*demos[:2], *demos[3:]])[:demo_steps]
+        replay[:demo_steps] = np.column_stack([*demos[:2], *demos[3:]])[:demo_steps]  # no lengths
         counts = ("charts/iteration", "charts/sac_steps", "charts/env_steps", "charts/wall_seconds")
         log = []  # rows of metrics.csv: of stage 1, of stage 2, then one an iteration
 
@@ -276,7 +276,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
     # ================ 2. REWARD MODEL: θ = argmax_θ L2(θ), (11), over preferences (τ_l ≺ τ_w) ~ P
     if len(log) == 1 and not args.evaluate:
 
-        def preference_loss(rows) -> Tensor:  # -L2, (11), R(τ) a sum (paper: discounted)
+        def preference_loss(rows) -> Tensor:  # -L2, (11), R(τ) a sum (AIHF's: / 5)
             preferred, other = (reward(side[rows]) for side in segments)
             return -F.logsigmoid((preferred - other).sum(-1)).mean()
 
@@ -309,7 +309,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
             batches = torch.from_numpy(replay[index]).to(device).split(widths, dim=-1)
             s, a, next_s, terminations = (field.contiguous() for field in batches)
             with torch.no_grad():
-                rewards = reward(reward.features(s, a)).float()  # no guard looks at dtypes
+                rewards = reward(reward.features(s, a)).float()  # compiled code checks no dtype
             noise = rng.standard_normal((block, 2, args.batch_size, act_dim), np.float32)
             noise = torch.from_numpy(noise).to(device)
             for batch in zip(s, a, rewards, next_s, terminations.squeeze(-1), noise):
@@ -476,7 +476,7 @@ def compile_update(update, sac: dict, obs_dim: int, act_dim: int, n: int):
 
 # --------------------------------------------------------------------------- play and evaluate
 def make_env(name: str) -> gym.Env:
-    """A robot, actions in [-1, 1], observations copied (it may reuse theirs); or ValueError."""
+    """A robot, actions in [-1, 1], observations copied, as it may overwrite them; or ValueError."""
     gym.logger.min_level = gym.logger.ERROR  # it warns of v4 at every make
     env = gym.wrappers.TransformObservation(gym.make(name, disable_env_checker=True), np.copy, None)
     spaces = env.observation_space, env.action_space
@@ -668,7 +668,7 @@ def llm(args: LlmArgs, state: dict) -> None:
             raise ValueError(f"{initial} has no linear head for every token: it is no critic")
         judge = Scorer(args.ground_truth_path, args, True) if args.ground_truth_path else None
 
-        # The data: demonstrations and preferences where a stage reads them, and prompts
+        # The data: demonstrations (a new R is centred on them too), preferences for it, prompts
         demos, pairs, demo_prompt_ids, completions = [], [], [], []
         if not (args.sft_model_path and reward.has_head):
             demos = read.rows(args.demonstrations, "prompt completion", args.num_demonstrations)
@@ -900,7 +900,7 @@ class Policy(nn.Module):
         ids, mask = (x.to(self.lm.device) for x in read.pad(share(prompts), left=True))
         token, cache, width = ids, {}, ids.shape[1]
         ended = torch.zeros_like(ids[:, :1], dtype=torch.bool)
-        alone = not dist.is_initialized()  # and casts weights to bfloat16 once, not per token
+        alone = not dist.is_initialized()  # then weights are cast to bfloat16 once, not per token
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False, cache_enabled=alone):
             for u in uniform.to(ids.device).unbind(1):
                 logits, cache = self(token, mask, 1, cache)

@@ -462,7 +462,7 @@ REPEATED = {  # of aihf_ppo_llm.py; the tests below try these there
     rlhf: """generalised_advantages whiten policy_losses load blocks Policy.__init__ Policy.forward
     Policy.log_probs Scorer in_parts descend share gather total shard whole load_optimizer
     save_model""",
-    dpo: "blocks Policy.forward share gather shard whole load_optimizer save_model",
+    dpo: "blocks Policy.__init__ Policy.forward share gather shard whole load_optimizer save_model",
 }
 
 

@@ -352,7 +352,7 @@ def test_other_data_is_refused(tmp_path, data, finished, script):
 @pytest.mark.parametrize(
     "script, owner, function, at, step, names",
     [  # updates 61 to 90 of SAC, of 3 or 2 calls of adam_, are iteration 3's; the reward's 7 to 9
-        (AIHF, aihf, "adam_", 3 * 88 + 1, 90, "losses"),  # the critics, in update 89
+        (AIHF, aihf, "adam_", 3 * 88 + 1, 90, "sac_losses"),  # the critics, in update 89
         (AIHF, aihf, "adam_", 3 * 119 + 2, 120, r"net\..*"),  # the policy, in update 120
         (AIHF, torch.optim.Adam, "step", 8, 90, "objective"),
         (AIHF, torch.optim.Adam, "step", 9, 90, "reward"),
