@@ -276,7 +276,7 @@ def mujoco(args: MujocoArgs, state: dict) -> None:
     # ================ 2. REWARD MODEL: θ = argmax_θ L2(θ), (11), over preferences (τ_l ≺ τ_w) ~ P
     if len(log) == 1 and not args.evaluate:
 
-        def preference_loss(rows) -> Tensor:  # -L2, (11), R(τ) a sum (AIHF's: / 5)
+        def preference_loss(rows) -> Tensor:  # -L2, (11), R(τ) a sum (paper: discounted; AIHF: / 5)
             preferred, other = (reward(side[rows]) for side in segments)
             return -F.logsigmoid((preferred - other).sum(-1)).mean()
 
