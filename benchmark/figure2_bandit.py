@@ -21,11 +21,8 @@ depend on β: it only sets the unit of r, since u = r / β = log π up to a cons
 import csv
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 # Numerical example 2
 # demonstrations show the first COVERED actions only
@@ -172,7 +169,6 @@ def draw(truth: np.ndarray, policies: dict, path: Path) -> None:
         axis.set_title(f"distance to the truth, 1..{covered} shown", fontsize=10)
     axes[1].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

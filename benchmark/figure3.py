@@ -10,11 +10,8 @@ prints the tables of benchmark/README.md. Runs that are no longer in runs/ keep 
 
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from llm import plus_minus
 from main_job import ENVS, METRICS, ROOT, by_steps, finished, merge, tiers
 from plot import TIERS
@@ -122,7 +119,6 @@ def draw_curves(curves: list[dict], envs: list[str], methods: tuple[str, ...], p
     style = {"loc": "outside lower center", "ncols": len(lines), "frameon": False, "fontsize": 8}
     figure.legend(lines.values(), lines.keys(), **style)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def draw_sweeps(finals: list[dict], path: Path) -> None:
@@ -154,7 +150,6 @@ def draw_sweeps(finals: list[dict], path: Path) -> None:
     axes[0, 0].set(ylabel="final true return, Hopper-v4", ylim=(0, None))
     axes[0, -1].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

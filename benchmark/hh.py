@@ -12,14 +12,11 @@ win rate (ties count half) and `demo` are of the demonstration-SFT model.
 import sys
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from llm import METHODS as LLM_METHODS
-from llm import plus_minus, samples, win_rate
+from llm import plus_minus, runs_of, samples, win_rate
 from main_job import ROOT, finished, merge
 
 sys.path.insert(0, str(ROOT))
@@ -60,25 +57,12 @@ def collect(runs: Path) -> tuple[list[dict], list[dict]]:
     return rows, scores
 
 
-def runs_of(rows: list[dict], start: str, method: str) -> list[dict[str, np.ndarray]]:
-    """The columns of each seed's rows, in the order of the seeds."""
-    found = {}
-    for row in rows:
-        if (row["start"], row["method"]) == (start, method):
-            found.setdefault(row["seed"], []).append(row)
-    columns = (*METRICS, "win_rate")
-    return [
-        {key: np.array([float(row.get(key) or "nan") for row in found[seed]]) for key in columns}
-        for seed in sorted(found)
-    ]
-
-
 def table(rows: list[dict]) -> str:
     heads = "from | trained by | seeds | judge, final | best | KL | win rate | correlation | min"
     lines = [f"| {heads} |", "|---" * 9 + "|"]
     for start in STARTS:
         for method in METHODS:
-            if runs := runs_of(rows, start, method):
+            if runs := list(runs_of(rows, start, method, keys=KEYS).values()):
                 last = {key: [run[key][-1] for run in runs] for key in runs[0]}
                 cells = [STARTS[start], METHODS[method], len(runs), plus_minus(last["gt_score"])]
                 cells.append(plus_minus([run["gt_score"].max() for run in runs]))
@@ -96,7 +80,7 @@ def draw(rows: list[dict], scores: list[dict], path: Path) -> None:
         for method in METHODS:
             style = {"linestyle": line, "color": LLM_METHODS[method][1]}
             label = f"{start}-SFT" if method == "sft" else f"{METHODS[method]}, from {start}-SFT"
-            for run in runs_of(rows, start, method):
+            for run in runs_of(rows, start, method, keys=KEYS).values():
                 if method != "sft":
                     axes[0].plot(run["policy_steps"], run["gt_score"], label=label, **style)
                     axes[1].plot(run["policy_steps"], run["kl"], label=label, **style)
@@ -109,7 +93,6 @@ def draw(rows: list[dict], scores: list[dict], path: Path) -> None:
     for axis in axes[1:]:
         axis.legend(frameon=False, fontsize=7)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 @torch.no_grad()

@@ -17,12 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from main_job import ROOT, finished, merge
 
 RESULTS, FIGURES = ROOT / "benchmark/results", ROOT / "benchmark/figures"
@@ -108,14 +105,15 @@ def collect(runs: Path, name: str = "llm") -> tuple[list[dict], list[dict]]:
     return rows, scores
 
 
-def runs_of(rows: list[dict], method: str, size: tuple[str, str]) -> dict[str, dict]:
-    """For each seed, its columns over the evaluations: {seed: {column: array}}."""
+def runs_of(rows: list[dict], *values: str, keys=KEYS) -> dict[str, dict]:
+    """Of the runs whose keys but the last, the seed, have these values: their columns over the
+    evaluations, {seed: {column: array}}."""
     found = {}
     for row in rows:
-        if tuple(row[key] for key in KEYS[:3]) == (method, *size):
+        if tuple(row[key] for key in keys[:-1]) == values:
             found.setdefault(row["seed"], []).append(row)
     return {
-        seed: {key: np.array([float(row[key] or "nan") for row in its]) for key in METRICS}
+        seed: {key: np.array([float(row.get(key) or "nan") for row in its]) for key in METRICS}
         for seed, its in found.items()
     }
 
@@ -149,17 +147,16 @@ def lead_at_equal_kl(run: dict, rlhf: dict) -> float:
 def table(rows: list[dict], sizes: list[tuple[str, str]], name: str = "llm") -> str:
     """A line a size and method: means ± std over seeds; of each seed how far it falls, in shares of
     the way from the base model to the expert that wrote the data, and AIHF's lead over RLHF."""
-    copied = ASSETS / "manifest.json" if name == "llm" else RESULTS / f"{name}_data.json"
-    made = ROOT / f"runs/{name}_data/manifest.json"
-    checkpoints = json.loads((made if made.exists() else copied).read_text())["checkpoints"]
+    path = ASSETS / "manifest.json" if name == "llm" else RESULTS / f"{name}_data.json"  # a copy
+    checkpoints = json.loads(path.read_text())["checkpoints"]
     base, *_, expert = (checkpoint["mean"] for checkpoint in checkpoints.values())
     heads = ["data", "method", "ground truth, final", "best", "KL", "win rate over SFT"]
     heads += ["rank correlation", "falls by", "ahead of RLHF at equal KL by", "min"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for size in sizes:
-        rlhf = runs_of(rows, "rlhf", size)
+        rlhf = runs_of(rows, "rlhf", *size)
         for method, (label, _) in METHODS.items():
-            if not (found := runs_of(rows, method, size)):
+            if not (found := runs_of(rows, method, *size)):
                 continue
             last = {key: [run[key][-1] for run in found.values()] for key in METRICS}
             cells = [label_of(size), label, plus_minus(last["gt_score"])]
@@ -195,7 +192,7 @@ def draw_curves(axis, rows: list[dict], method: str, size, x: str) -> None:
     """Mean of the runs' ground truth against the mean of their x, evaluation by evaluation; the
     seeds' standard deviation is shaded."""
     label, color = METHODS[method]
-    if runs := runs_of(rows, method, size).values():
+    if runs := runs_of(rows, method, *size).values():
         x = np.mean([run[x] for run in runs], axis=0)
         mean, std = (f([run["gt_score"] for run in runs], axis=0) for f in (np.mean, np.std))
         axis.plot(x, mean, label=f"{label}, {len(runs)} seeds", linewidth=2, color=color)
@@ -207,7 +204,7 @@ def draw_sweep(axis, rows: list[dict], name: str) -> None:
     sizes, which = SWEEPS[name], int(name != "demonstrations")
     for method in ("aihf-ppo", "rlhf"):
         label, color = METHODS[method]
-        finals = [[x["gt_score"][-1] for x in runs_of(rows, method, z).values()] for z in sizes]
+        finals = [[x["gt_score"][-1] for x in runs_of(rows, method, *z).values()] for z in sizes]
         for x, y in enumerate(finals):
             axis.plot([x] * len(y), y, "o", color=color, alpha=0.4, markersize=4)
         means = {x: np.mean(y) for x, y in enumerate(finals) if y}
@@ -243,14 +240,13 @@ def draw_all(rows: list[dict], scores: list[dict], begin: str) -> None:
             axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
             axis.legend(frameon=False, fontsize=8)
         figure.savefig(FIGURES / f"{begin}{name}", dpi=130)
-        plt.close(figure)
 
     truth = "ground-truth score"
     figure, (axis,) = panels(1)
     for method in ("aihf-ppo", "rlhf", "aihf-ppo-sft"):
         draw_curves(axis, rows, method, MAIN, "policy_steps")
     label, color = METHODS["sft"]
-    level = np.mean([run["gt_score"] for run in runs_of(rows, "sft", MAIN).values()])
+    level = np.mean([run["gt_score"] for run in runs_of(rows, "sft", *MAIN).values()])
     axis.axhline(level, color=color, linewidth=1, label=label)
     finish(figure, "figure6.png", ["PPO steps"], [truth])
 
@@ -267,7 +263,7 @@ def draw_all(rows: list[dict], scores: list[dict], begin: str) -> None:
     finish(figure, "figure8.png", labels, ["density", "density", "learned score, centred"])
 
     for name, (methods, sizes) in zip(("figure9.png", "figure10.png"), MORE.items()):
-        sizes = [size for size in sizes if any(runs_of(rows, x, size) for x in methods[:2])]
+        sizes = [size for size in sizes if any(runs_of(rows, x, *size) for x in methods[:2])]
         figure, axes = panels(len(sizes), sharey=True)
         for axis, size in zip(axes, sizes):
             for method in methods:
@@ -275,7 +271,7 @@ def draw_all(rows: list[dict], scores: list[dict], begin: str) -> None:
                     draw_curves(axis, rows, method, size, "policy_steps")
                     continue
                 label, color = METHODS[method]
-                for i, run in enumerate(runs_of(rows, method, size).values()):
+                for i, run in enumerate(runs_of(rows, method, *size).values()):
                     style = {"color": color, "label": None if i else label}
                     axis.plot(run["kl"], run["gt_score"], "o-", alpha=0.7, markersize=3, **style)
         x = "DPO steps" if name == "figure10.png" else "KL to the base model, nats"

@@ -12,11 +12,8 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from plot import TIERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,7 +150,6 @@ def draw(rows: list[dict], path: Path) -> None:
     for axis in axes[:2, 0]:
         axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ other libraries.
     python benchmark/sac_speed.py
 
 prints a line for each measurement, then a table (median, min and max over the rounds of each
-library) and the ratios of ours to the others, round by round and their median; with the default
-sizes writes benchmark/results/sac_speed.csv. Allow half an hour on a quiet core.
+library) and the ratios of ours to the others, round by round and their median, and writes
+benchmark/results/sac_speed.csv. Allow half an hour on a quiet core.
 
 The libraries take turns in every round, each measurement in a process of its own, all of them on
 the same CPU core (the last; `taskset` chooses another) with one thread: environment steps, one SAC
@@ -18,7 +18,7 @@ after it our memory of rollouts, from which reward updates draw their steps, is 
   rollouts, reward updates and what is logged of the reward are in the time, which the others have
   not; evaluation and checkpoints are not in it.
 - aihf-lower-level: the same script with as little around SAC as its flags allow, in one policy
-  alignment of --steps: relabelling with the learned reward, and after it one reward update on steps
+  alignment: relabelling with the learned reward, and after it one reward update on steps
   drawn from one episode of rollouts, stay in the time.
 - sb3, sbx: Stable-Baselines3 (PyTorch) and SBX (JAX), an update after each environment step, which
   is their default.
@@ -28,8 +28,6 @@ after it our memory of rollouts, from which reward updates draw their steps, is 
 """
 
 import csv
-import json
-import math
 import os
 import sys
 import tempfile
@@ -47,8 +45,9 @@ sys.path.insert(0, str(ROOT))
 from data_gen import read
 
 RESULTS = ROOT / "benchmark/results/sac_speed.csv"
-# BLOCK, policy_steps_per_iteration and rollout_memory of aihf_sac_mujoco.py
-BLOCK, ITERATION, MEMORY = 50, 5_000, 10
+ENV, HIDDEN, BATCH = "HalfCheetah-v4", (64, 64), 256  # HIDDEN: our reward's layers too
+STEPS, WARM_UP, RANDOM = 10_000, 50_000, 49_000  # measured; before them; of these without updates
+BLOCK, ITERATION = 50, 5_000  # BLOCK and policy_steps_per_iteration of aihf_sac_mujoco.py
 OURS, OTHERS = ("aihf", "aihf-lower-level"), ("sb3", "sbx", "sb3-blocks", "sbx-blocks", "floor")
 TURNS = ("aihf", "sb3", "sbx", "aihf-lower-level", "sb3-blocks", "sbx-blocks", "floor")
 COLUMNS = ("library", "round", "steps_per_second")
@@ -61,46 +60,31 @@ ONE_THREAD = {
 
 @dataclass
 class Args:
-    env: str = "HalfCheetah-v4"  # a MuJoCo robot that there is data for
-    hidden: tuple[int, ...] = (64, 64)  # layers of the policy, of each Q network and of our reward
-    batch_size: int = 256  # transitions in an update
     rounds: int = 5  # measurements of each library
-    # environment steps in each: a multiple of 5000, the length of a policy alignment; fewer (a
-    # multiple of 50) make one short alignment, in which the rollouts weigh more
-    steps: int = 10_000
 
 
-def warm_up(steps: int) -> tuple[int, int]:
-    """Steps before the measured ones: all, and those of random actions; the last of them are with
-    updates."""
-    iteration = min(steps, ITERATION)
-    return MEMORY * iteration, MEMORY * iteration - iteration // 5
-
-
-def measure_ours(library: str, args: Args, seed: int) -> float:
+def measure_ours(library: str, seed: int) -> float:
     """Steps per second of the iterations after the warm-up."""
-    (first, random), iteration, flags = warm_up(args.steps), min(args.steps, ITERATION), []
+    iteration, flags = ITERATION, ""
     if library == "aihf-lower-level":
-        iteration = args.steps
-        first = math.ceil(first / iteration) * iteration
-        flags = "--reward-updates-per-iteration 1 --rollout-steps-per-iteration 1".split()
-        flags += ["--rollout-memory", "1"]
-    options = f"""--env {args.env} --seed {seed} --total-timesteps {first + args.steps}
-        --policy-steps-per-iteration {iteration} --learning-starts {random}
-        --hidden {" ".join(map(str, args.hidden))} --batch-size {args.batch_size}
+        iteration, flags = STEPS, "--reward-updates-per-iteration 1 --rollout-memory 1"
+        flags += " --rollout-steps-per-iteration 1"
+    options = f"""--env {ENV} --seed {seed} --total-timesteps {WARM_UP + STEPS}
+        --policy-steps-per-iteration {iteration} --learning-starts {RANDOM}
+        --hidden {" ".join(map(str, HIDDEN))} --batch-size {BATCH}
         --eval-every {10**9} --eval-episodes 1 --checkpoint-every {10**9}
-        --threads 1 --no-cuda --run-name speed"""
+        --threads 1 --no-cuda --run-name speed {flags}"""
     with tempfile.TemporaryDirectory() as runs_dir:
-        printed = run("aihf_sac_mujoco.py", *options.split(), "--runs-dir", runs_dir, *flags)
+        printed = run("aihf_sac_mujoco.py", *options.split(), "--runs-dir", runs_dir)
         if "torch.compile failed" in printed:
             raise SystemExit("error: without torch.compile this measures another thing; see README")
         with open(Path(runs_dir) / "speed/metrics.csv", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if float(row["charts/sac_steps"]) > first]
+            rows = [row for row in csv.DictReader(file) if float(row["charts/sac_steps"]) > WARM_UP]
     # equally long iterations: steps over seconds
     return len(rows) / sum(1 / float(row["charts/SPS"]) for row in rows)
 
 
-def measure_other(library: str, env: str, hidden, batch_size: int, steps: int, seed: int) -> float:
+def measure_other(library: str, seed: int) -> float:
     """Stable-Baselines3 or SBX in this process, with the defaults of aihf_sac_mujoco.py."""
     import gymnasium as gym
     import torch
@@ -112,30 +96,30 @@ def measure_other(library: str, env: str, hidden, batch_size: int, steps: int, s
 
     torch.set_num_threads(1)
     gym.logger.min_level = gym.logger.ERROR
-    (first, random), every = warm_up(steps), BLOCK if library.endswith("blocks") else 1
+    every = BLOCK if library.endswith("blocks") else 1
     model = SAC(
         "MlpPolicy",
-        gym.make(env, disable_env_checker=True),
+        gym.make(ENV, disable_env_checker=True),
         learning_rate=1e-3,
-        buffer_size=first + steps,
-        learning_starts=random,
-        batch_size=batch_size,
+        buffer_size=WARM_UP + STEPS,
+        learning_starts=RANDOM,
+        batch_size=BATCH,
         tau=0.005,
         gamma=0.99,
         train_freq=every,
         gradient_steps=every,
         ent_coef="auto",
-        policy_kwargs={"net_arch": list(hidden)},
+        policy_kwargs={"net_arch": list(HIDDEN)},
         seed=seed,
         device="cpu",
     )
-    model.learn(first)
+    model.learn(WARM_UP)
     started, first_update = time.perf_counter(), model._n_updates
-    model.learn(steps, reset_num_timesteps=False)
+    model.learn(STEPS, reset_num_timesteps=False)
     seconds = time.perf_counter() - started
-    if model.num_timesteps != first + steps or model._n_updates - first_update != steps:
-        raise SystemExit(f"error: {library} made another number of steps or updates than {steps}")
-    return steps / seconds
+    if model.num_timesteps != WARM_UP + STEPS or model._n_updates - first_update != STEPS:
+        raise SystemExit(f"error: {library} made another number of steps or updates than {STEPS}")
+    return STEPS / seconds
 
 
 def products(obs_dim: int, act_dim: int, hidden, batch_size: int) -> list[tuple[int, int, int]]:
@@ -151,16 +135,16 @@ def products(obs_dim: int, act_dim: int, hidden, batch_size: int) -> list[tuple[
     return found
 
 
-def measure_floor(env: str, hidden, batch_size: int, steps: int, **_) -> float:
+def measure_floor(steps: int = STEPS) -> float:
     """Steps per second of the robot's physics under random actions and of these products."""
     import gymnasium as gym
     import torch
 
     torch.set_num_threads(1)
     gym.logger.min_level = gym.logger.ERROR
-    robot = gym.make(env, disable_env_checker=True)
+    robot = gym.make(ENV, disable_env_checker=True)
     (obs_dim,), (act_dim,) = robot.observation_space.shape, robot.action_space.shape
-    shapes = products(obs_dim, act_dim, hidden, batch_size)
+    shapes = products(obs_dim, act_dim, HIDDEN, BATCH)
     factors = [(torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)) for m, k, n in shapes]
     robot.action_space.seed(0)
     robot.reset(seed=0)
@@ -195,35 +179,29 @@ def summary(rows: list[dict]) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:  # one measurement of another library, for the process below
-        task = json.loads(sys.argv[2])
-        print((measure_floor if task["library"] == "floor" else measure_other)(**task))
+        library, seed = sys.argv[2], int(sys.argv[3])
+        print(measure_floor() if library == "floor" else measure_other(library, seed))
         raise SystemExit
     with read.input_errors():
         args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
         if missing := [name for name in ("stable_baselines3", "sbx") if find_spec(name) is None]:
             raise ValueError(f"there is no {' and no '.join(missing)}; pip install -e '.[speed]'")
-        alignment = math.lcm(BLOCK, min(args.steps, ITERATION))
-        if args.rounds < 1 or args.steps < 10 * BLOCK or args.steps % alignment:
-            raise ValueError("--rounds must be above 0, --steps k · 5000, or k · 50 from 500 on")
+        if args.rounds < 1:
+            raise ValueError("--rounds must be above 0")
         os.environ.update(ONE_THREAD)  # this and the core are handed down to every measurement
         on_one_core()
 
     packages = ("torch", "stable_baselines3", "sbx-rl", "jax", "gymnasium", "mujoco")
-    print(
-        f"{args.env}, hidden {args.hidden}, batch {args.batch_size}, {args.steps} steps;", end=" "
-    )
     print(", ".join(f"{name} {version(name)}" for name in packages))
-    rows, path = [], RESULTS if args == Args(rounds=args.rounds) else os.devnull
+    rows = []
     for number in range(1, args.rounds + 1):
         for library in TURNS:
             if library in OURS:
-                speed = measure_ours(library, args, seed=number)
+                speed = measure_ours(library, number)
             else:
-                task = {"library": library, "env": args.env, "hidden": args.hidden, "seed": number}
-                task |= {"batch_size": args.batch_size, "steps": args.steps}
-                printed = run(str(Path(__file__).resolve()), "--worker", json.dumps(task))
-                speed = float(printed.split()[-1])
+                worker = (str(Path(__file__).resolve()), "--worker", library, str(number))
+                speed = float(run(*worker).split()[-1])
             print(f"round {number}: {library} {speed:.0f} steps/s", flush=True)
             rows.append(dict(zip(COLUMNS, (library, number, f"{speed:.6g}"))))
-        write_table(path, rows)
-    print(f"\n{summary(rows)}\n\nwrote {path}")
+        write_table(RESULTS, rows)
+    print(f"\n{summary(rows)}\n\nwrote {RESULTS}")

@@ -26,14 +26,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from torch import Tensor
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from llm_speed import write_table
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aihf_sac_mujoco import demonstration_gap, preference_log_likelihood, step_weights
@@ -382,7 +379,6 @@ def draw(rows: list[dict], path: Path) -> None:
     right.set_title("probability of the action never demonstrated", fontsize=10)
     right.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def write(path: Path, rows: list[dict]) -> None:

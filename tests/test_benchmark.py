@@ -149,10 +149,7 @@ def test_rows_of_the_same_run_are_replaced(tmp_path):
 
     old = [{"seed": seed, "sac_steps": steps, "x": "old"} for seed in "12" for steps in ("5", "10")]
     path = tmp_path / "results.csv"
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, old[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(old)
+    main_job.merge(path, old, ("seed",))
     new = [{"seed": "1", "sac_steps": steps, "x": "new"} for steps in ("10", "5")]
     rows = main_job.merge(path, new, ("seed",), main_job.by_steps)
     assert [row["x"] for row in rows] == ["new", "new", "old", "old"]
@@ -176,8 +173,8 @@ def test_a_robots_run_becomes_a_row_an_evaluation(runs):
         ("5000", "310.5", "0.9", "0.3", "0.08"),
         ("10000", "620", "0.9", "0.3", "0.08"),
     ]
-    with open(ROOT / "benchmark/results/main_job.csv") as file:
-        assert list(rows[0]) == file.readline().strip().split(",") and rows[0]["seed"] == "2"
+    committed = read_csv(ROOT / "benchmark/results/main_job.csv")
+    assert list(rows[0]) == list(committed[0]) and rows[0]["seed"] == "2"
 
 
 def test_other_robots(runs):
@@ -217,8 +214,7 @@ def test_robots_runs_become_figure_3s(tmp_path):
     ]
     assert [row["method"] for row in curves] == ["rlhf", "rlhf", "bc"]
     for name, table in (("figure3", curves), ("figure3_runs", finals)):
-        with open(ROOT / f"benchmark/results/{name}.csv") as file:
-            assert list(table[0]) == file.readline().strip().split(",")
+        assert list(table[0]) == list(read_csv(ROOT / f"benchmark/results/{name}.csv")[0])
 
 
 def test_language_models_win_rate_is_over_sft(tmp_path):
@@ -246,26 +242,20 @@ def test_language_models_win_rate_is_over_sft(tmp_path):
     }
     assert len(scores) == 8 and scores[0]["response"] == "a b" and scores[1]["gt_score"] == "2"
     for name, table in (("llm", rows), ("llm_scores", scores)):
-        with open(ROOT / f"benchmark/results/{name}.csv") as file:
-            assert sorted(table[0]) == sorted(file.readline().strip().split(","))
+        assert table[0].keys() == read_csv(ROOT / f"benchmark/results/{name}.csv")[0].keys()
     with pytest.raises(ValueError, match="same prompts"):
         llm.win_rate([{"prompt": "a", "gt_score": 1}], [{"prompt": "b", "gt_score": 1}])
 
 
-def test_hh_in_parts(tmp_path, monkeypatch):
+def test_hh_in_parts(tmp_path):
     """No prompt in two parts; the policies' dialogues are whole."""
-    import hh_parts
-
     from data_gen import hh_data
 
     dialogues = [f"\n\nHuman: q{i}\n\nAssistant:" for i in range(9)]
     rows = [{"chosen": f"{x} yes{i}", "rejected": f"{x} no"} for i, x in enumerate(dialogues)]
     write_rows(tmp_path / "test.jsonl", rows)
-    argv = (
-        f"hh_parts.py --data {tmp_path} --judge 3 --policies 4 --test 2 --output-dir {tmp_path}/x"
-    )
-    monkeypatch.setattr(sys, "argv", argv.split())
-    hh_parts.main()
+    flags = f"--data {tmp_path} --judge 3 --policies 4 --output-dir {tmp_path}/x --test".split()
+    assert execute("hh_parts.py", *flags, 2)[0] == 0
     found = {path.stem: read_rows(path) for path in (tmp_path / "x").iterdir()}
     prompts = {name: [row["prompt"] for row in found[name]] for name in ("judge", "full", "test")}
     assert prompts == {"judge": dialogues[:3], "full": dialogues[3:7], "test": dialogues[7:]}
@@ -275,9 +265,7 @@ def test_hh_in_parts(tmp_path, monkeypatch):
         "chosen": " yes3",
         "rejected": " no",
     }
-    monkeypatch.setattr(sys, "argv", argv.replace("--test 2", "--test 3").split())
-    with pytest.raises(SystemExit, match="2"):
-        hh_parts.main()
+    assert_one_line_error(execute("hh_parts.py", *flags, 3), "9 usable dialogues, not 10")
 
 
 def test_hh_runs_become_a_table(tmp_path):
@@ -311,7 +299,7 @@ def test_hh_runs_become_a_table(tmp_path):
     assert (tmp_path / "hh.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_flipped_texts(tmp_path, monkeypatch):
+def test_flipped_texts(tmp_path):
     import llm_data
 
     rows = [(f"p{i}", f"a{i}", f"b{i}") for i in range(2000)]
@@ -326,9 +314,8 @@ def test_flipped_texts(tmp_path, monkeypatch):
         assert len(flipped[share]) / 2000 == pytest.approx(share, abs=0.03)
     assert flipped[0.1] < flipped[0.3]
     found, given = tmp_path / "flipped.jsonl", ROOT / "data_gen/assets/imdb/preferences.jsonl"
-    argv = ["llm_data.py", "--preferences", str(given), "--flip", "1", "--output", str(found)]
-    monkeypatch.setattr(sys, "argv", argv)
-    llm_data.main()
+    flags = ["--preferences", given, "--flip", 1, "--output", found]
+    assert execute("llm_data.py", *flags)[0] == 0
     before, after = (read_rows(path)[0] for path in (given, found))
     assert after == before | {"chosen": before["rejected"], "rejected": before["chosen"]}
 
@@ -420,7 +407,7 @@ def test_equal_kl_and_falls(tmp_path, monkeypatch):
         assert lines[3] == f"| {data} | AIHF, PPO | {cells} | {lead} | 1.5 |" and len(lines) == 4
 
 
-def test_committed_results_give_the_tables_of_the_readme(tmp_path, monkeypatch):
+def test_committed_results_give_the_tables_of_the_readme():
     import figure3
     import hh
     import llm
@@ -428,7 +415,6 @@ def test_committed_results_give_the_tables_of_the_readme(tmp_path, monkeypatch):
     import main_job
     import other_robots
 
-    monkeypatch.setattr(llm, "ROOT", tmp_path)  # data in this machine's runs/ are others
     page = (ROOT / "benchmark/README.md").read_text().replace("−", "-")
     tables = {main_job.RESULTS: main_job.summarise, figure3.RUNS: figure3.table}
     tables |= {hh.RESULTS: hh.table, other_robots.RESULTS: other_robots.summarise}

@@ -883,15 +883,6 @@ def test_a_text_of_no_token():
             call()
 
 
-def test_padding_goes_by_length():
-    """It may be the end token's id, 0, too."""
-    rows = [[5, 0], [7], [1, 2, 3]]
-    for left, ids in ((False, [[5, 0, 0], [7, 0, 0]]), (True, [[0, 5, 0], [0, 0, 7]])):
-        found, mask = read.pad(rows, left)
-        assert found.tolist() == [*ids, [1, 2, 3]] and found.dtype == mask.dtype == torch.int64
-        assert mask.sum(-1).tolist() == [2, 1, 3] and mask[0].tolist() == [not left, 1, left]
-
-
 def test_equal_pairs_are_counted(tmp_path, world):
     """By DPO those that are equal after the cut too."""
     sides = [(" great", " film"), (" great", " great"), (" film" * 5 + " great", " film" * 9)]

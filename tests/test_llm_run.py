@@ -71,7 +71,7 @@ SCRIPTS = {
         f"""{PPO_FLAGS} --ppo-steps 3 --policy-steps-per-iteration 2 --demo-weight 0.7
         --preference-weight 1.3 --reward-updates-per-iteration 2""",
         "--ppo-epochs 1 --minibatch-size 8 --reward-updates-per-iteration 1",
-        (2, 2 + 3, 2 + 8 + 3, 2 + 16 + 2),  # upper and lower levels: 2 and, in each step, 8
+        (2 + 8 + 3,),  # 2 of the upper level, 8 of the first PPO step, 3 of the second
         {"policy", "reward"},
     ),
     "dpo": Script(
@@ -91,7 +91,7 @@ SCRIPTS = {
         f"""{PPO_FLAGS} --ppo-steps 2 --sft-batch-size 8 --sft-epochs 1 --sft-learning-rate 3e-3
         --reward-batch-size 8 --reward-epochs 1""",
         """--ppo-epochs 1 --minibatch-size 8 --sft-batch-size 22 --reward-batch-size 22""",
-        (2, 3 + 2, 6 + 3, 6 + 8 + 3),  # three updates of each of stages 1 and 2, 8 a PPO step
+        (2, 3 + 2),  # three updates of each of stages 1 and 2
         {"sft", "reward", "policy"},
     ),
 }
@@ -299,7 +299,7 @@ def test_what_a_run_leaves(script, world, plain):
 
 # --------------------------------------------------------------------------- kill, stop, carry on
 MOMENTS = [(event, 0) for event in ("checkpoint.pt", "sft", "reward", "policy")]
-MOMENTS += [("checkpoint.pt", -1), *(("update", i) for i in range(4))]
+MOMENTS += [("checkpoint.pt", -1), *(("update", i) for i in range(2))]
 
 
 @pytest.mark.parametrize("event, number", MOMENTS)
@@ -439,9 +439,9 @@ def test_other_data_and_other_weights_are_refused(tmp_path, script, world):
 
 
 # ------------------------------------------------------------------------------- full disk and nan
-@pytest.mark.parametrize("broken, before", [("save", 0), ("save", 1), ("save_pretrained", 0)])
+@pytest.mark.parametrize("broken, before", [("save", 1), ("save_pretrained", 0)])
 def test_full_disk(tmp_path, script, world, undisturbed, broken, before):
-    """In the last checkpoint, the file before it, or the last model after it: one line, the former
+    """In the file before the last checkpoint, or the last model after it: one line, the former
     checkpoint whole, no temporary file; and the run carries on."""
     (plain, events), calls = undisturbed, []
     owner = torch if broken == "save" else transformers.PreTrainedTokenizerBase
@@ -469,19 +469,12 @@ def test_full_disk(tmp_path, script, world, undisturbed, broken, before):
     assert weights(folder) == weights(plain)
 
 
-@pytest.mark.parametrize("name", ["sft_learning_rate", "reward_learning_rate", "learning_rate"])
-def test_not_finite(tmp_path, script, world, name):
-    if not hasattr(arguments(script), name):
-        pytest.skip("the script has no such learning rate")
-    flags = [f"--{name.replace('_', '-')}", 1e18]
-    result = execute(script, tmp_path, world, *flags)
+def test_not_finite(tmp_path, script, world, monkeypatch):
+    result = execute(script, tmp_path, world, "--learning-rate", 1e18)
     assert_one_line_error(result, "is not finite at step", code=1)
-
-
-def test_gradient_not_finite(tmp_path, script, world, monkeypatch):
     nan = torch.tensor(float("nan"))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: nan)
-    result = execute(script, tmp_path, world)
+    result = execute(script, tmp_path, world, "--run-name", "other")
     assert_one_line_error(result, "gradient is not finite at step 0", code=1)
 
 
@@ -975,7 +968,6 @@ LARGE = edited("tokenizer.json", lambda raw: raw["model"]["vocab"].update(zzzz=9
 ENDLESS = edited("tokenizer_config.json", lambda raw: raw.update(eos_token=None))
 
 
-@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_a_tokenizer_may_know_an_unused_token_more(tmp_path, world, script):
     """Gemma 3's, of the sizes that read no images."""
     folder = shutil.copytree(world / "gpt2", tmp_path / "model")

@@ -327,17 +327,3 @@ def test_citation_is_the_papers():
         re.search(rf" {key} += {{(.*)}},", text(README))[1] for key in ("title", "author")
     )
     assert title in cited and all(name.split(",")[0] in cited for name in authors.split(" and "))
-
-
-def test_nothing_is_left_to_fill_in():
-    """Neither on a page nor in a script: no line that is a placeholder in capitals, no to-do."""
-    scripts = [*ROOT.glob("*.py"), *ROOT.glob("data_gen/*.py"), *ROOT.glob("benchmark/*.py")]
-    for path in (*PAGES, *NOTES, *scripts):
-        left = re.findall(r"^[ \t]*[A-Z]+(?:_[A-Z]+)+[ \t]*$|\bTODO\b", text(path), re.M)
-        assert not left, f"{path.name} still holds {left}"
-
-
-def test_scripts_are_installed_as_no_module():
-    """`pip install -e .` brings the dependencies and nothing to import: neither a package nor the
-    scripts."""
-    assert PYPROJECT["tool"]["setuptools"]["py-modules"] == []

@@ -244,16 +244,15 @@ def test_stages_equal_a_slow_reference(tmp_path, data, monkeypatch, changes):
 # ---------------------------------------------------------------------------------------- warm-up
 
 
-@pytest.mark.parametrize("kl_coefficient, begins", [(0, 0.05), (3, 3)])
-def test_policy_and_beta_stand_still_in_warm_up(tmp_path, data, kl_coefficient, begins):
-    flags = ["--kl-coefficient", kl_coefficient, "--critic-warmup-steps", 50]
+def test_policy_and_beta_stand_still_in_warm_up(tmp_path, data):
+    flags = ["--kl-coefficient", 0, "--critic-warmup-steps", 50]
     state = load(run(tmp_path, data, *flags, "--total-timesteps", 50))
     mean, state = state["averaged"], state["sac"]
     assert not compare_checkpoints(state["actor"], state["cloned"])
     for name, p in state["cloned"].items():
         assert (mean[f"module.{name}"] == p).all()
     assert all(moment.any() for moment in state["actor_mean"].values())  # but Adam goes on
-    assert state["beta"]["log"].exp().item() == pytest.approx(begins)
+    assert state["beta"]["log"].exp().item() == pytest.approx(0.05)
     shutil.rmtree(tmp_path / "runs")
     state = load(run(tmp_path, data, *flags, "--total-timesteps", 51))["sac"]
     assert compare_checkpoints(state["actor"], state["cloned"])

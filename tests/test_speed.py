@@ -5,7 +5,6 @@ python -m pytest tests/test_speed.py      (a minute)
 """
 
 import importlib.util
-import runpy
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import sac_speed
 import torch
 import transformers
 import tyro
-from helpers import ROOT, metrics
+from helpers import ROOT, assert_one_line_error, metrics, run_script
 from torch.utils.flop_counter import FlopCounterMode
 
 import aihf_sac_mujoco as aihf
@@ -41,20 +40,21 @@ def test_summary_takes_the_median_of_the_rounds_ratios():
     assert cells["aihf / sbx"] == ["400.00", "100.00", "400.00", "900.00"]
 
 
-@pytest.mark.parametrize(("library", "iteration"), [("aihf", 5_000), ("aihf-lower-level", 20_000)])
+@pytest.mark.parametrize(("library", "iteration"), [("aihf", 5_000), ("aihf-lower-level", 10_000)])
 def test_our_side_is_the_shipped_script_with_flags_it_has(monkeypatch, library, iteration):
-    ours = aihf.BLOCK, aihf.Args.policy_steps_per_iteration, aihf.Args.rollout_memory
-    assert (sac_speed.BLOCK, sac_speed.ITERATION, sac_speed.MEMORY) == ours
+    ours = aihf.BLOCK, aihf.Args.policy_steps_per_iteration
+    assert (sac_speed.BLOCK, sac_speed.ITERATION) == ours
+    assert sac_speed.WARM_UP == ours[1] * aihf.Args.rollout_memory  # the memory is full after it
 
     def run(script, *flags):
         """Stands in for the run: what it would log, at 1 step a second while it warms up, then at
         300 and 600."""
         asked = tyro.cli(aihf.Args, args=flags)
         assert (ROOT / script).is_file() and asked.compile and asked.threads == 1
-        assert (asked.policy_steps_per_iteration, asked.batch_size) == (iteration, 64)
-        assert asked.hidden == (256, 256)
-        first = asked.total_timesteps - 20_000
-        assert asked.learning_starts == 49_000 < 50_000 <= first and first % iteration == 0
+        assert (asked.policy_steps_per_iteration, asked.batch_size) == (iteration, 256)
+        assert (asked.hidden, asked.seed, asked.env) == ((64, 64), 7, "HalfCheetah-v4")
+        first = asked.total_timesteps - 10_000
+        assert asked.learning_starts == 49_000 < 50_000 == first and first % iteration == 0
         folder = Path(asked.runs_dir) / asked.run_name
         folder.mkdir()
         rows = ("charts/sac_steps,charts/SPS", "0,", f"{first},1", f"{first + 1},300")
@@ -62,9 +62,8 @@ def test_our_side_is_the_shipped_script_with_flags_it_has(monkeypatch, library, 
         return ""
 
     monkeypatch.setattr(sac_speed, "run", run)
-    args = sac_speed.Args(hidden=(256, 256), batch_size=64, steps=20_000)
     # 2 iterations of n steps in n / 300 + n / 600 seconds
-    assert sac_speed.measure_ours(library, args, seed=1) == pytest.approx(400)
+    assert sac_speed.measure_ours(library, seed=7) == pytest.approx(400)
 
 
 def test_the_floor_has_the_matrix_products_of_an_update():
@@ -76,20 +75,16 @@ def test_the_floor_has_the_matrix_products_of_an_update():
     with FlopCounterMode(display=False) as counter:
         update(sac, torch.tensor(1e-3), *batch, torch.randn(2, 16, 2))
     assert sum(2 * m * k * n for m, k, n in shapes) == counter.get_total_flops()
-    assert sac_speed.measure_floor("Swimmer-v5", (8, 4), batch_size=16, steps=20) > 0
+    assert sac_speed.measure_floor(steps=20) > 0
 
 
 @pytest.mark.parametrize(("script", "library"), [("sac_speed", "sbx"), ("llm_speed", "trl")])
-def test_missing_libraries_are_one_line_and_exit_code_2(monkeypatch, capsys, script, library):
+def test_missing_libraries_are_one_line_and_exit_code_2(monkeypatch, script, library):
     find_spec = importlib.util.find_spec
     without = lambda name: None if name == library else find_spec(name)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", without)
-    monkeypatch.setattr(sys, "argv", [script])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / "benchmark" / f"{script}.py"), run_name="__main__")
-    out, err = capsys.readouterr()
-    assert (end.value.code, out, err.count("\n")) == (2, "", 1)
-    assert "pip install -e '.[speed]'" in err and library in err
+    result = run_script(ROOT / "benchmark" / f"{script}.py", [], ROOT)
+    assert_one_line_error(result, "pip install -e '.[speed]'", library)
 
 
 # ---------------------------------------------------------------------------------- language models
