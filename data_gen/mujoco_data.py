@@ -53,7 +53,6 @@ class Args:
     episodes_per_tier: int = 10  # whole episodes of each tier
     segment_length: int = 50  # steps of each side of a preference
     num_pairs: int = 2_000  # preferences, each a random segment of a medium and of a low episode
-    label_noise: float = 0.0  # probability that a label is flipped
 
     # The expert
     total_timesteps: int = 0  # SAC steps; 0: 400k Hopper, 1.2M HalfCheetah, 2M Walker2d, else 1M
@@ -62,14 +61,13 @@ class Args:
     batch_size: int = 256  # transitions in an update
     hidden: tuple[int, ...] = (64, 64)  # hidden layers of every network (the paper's)
     learning_rate: float = 1e-3  # Adam's (paper: 3e-3, unstable on HalfCheetah and Walker2d)
-    gamma: float = 0.99  # discount
-    tau: float = 0.005  # share of the Q networks that goes into their targets at each update
     compile: bool = True  # compile the SAC update (needs a C++ compiler)
     threads: int = 1  # CPU threads of torch
 
 
 SCRIPT = "data_gen/mujoco_data.py"
 TIERS = ("low", "medium", "high")
+GAMMA, TAU = 0.99, 0.005  # discount; share of the Q networks in their targets at each update
 ROBOTS = {  # Table 1: low's and medium's share of high's return, that return; then our SAC steps
     "Hopper": (0.66, 0.85, 3560, 400_000),
     "HalfCheetah": (0.62, 0.81, 11635, 1_200_000),
@@ -94,7 +92,7 @@ def train(args: Args, env, actor: Actor, work_dir: Path, state: dict) -> list:
         step, candidates, rng.bit_generator.state = map(state.get, ("step", "candidates", "rng"))
         replay[:step] = state["replay"]
 
-    update = make_sac_update(actor, critics, args.gamma, args.tau, -act_dim)
+    update = make_sac_update(actor, critics, GAMMA, TAU, -act_dim)
     if args.compile and step < args.total_timesteps:
         update = compile_update(update, sac, obs_dim, act_dim, args.batch_size)
     learning_rate = torch.tensor(args.learning_rate, device=device)
@@ -142,8 +140,8 @@ def robot(args: Args) -> tuple:
 
 def recipe(args: Args) -> dict:
     """The arguments that a training depends on; tiers and pairs of it, and its length, may vary."""
-    names = "env seed checkpoint_every learning_starts batch_size hidden"
-    return {key: getattr(args, key) for key in [*names.split(), "learning_rate", "gamma", "tau"]}
+    names = "env seed checkpoint_every learning_starts batch_size hidden learning_rate"
+    return {key: getattr(args, key) for key in names.split()}
 
 
 def record(env: gym.Env, actor: Actor | None, rng: np.random.Generator) -> Episode:
@@ -211,7 +209,7 @@ def pick_tiers(args: Args, env, actor: Actor, candidates: list) -> tuple[dict, d
     return {tier: tiers[tier] for tier in TIERS}, {tier: steps[tier] for tier in TIERS}, random
 
 
-def draw_pairs(lengths: dict, segment_length: int, count: int, label_noise: float, rng) -> list:
+def draw_pairs(lengths: dict, segment_length: int, count: int, rng) -> list:
     """Rows of pairs.csv for tiers with episodes of these lengths: a or b, at random, is a segment
     of a medium episode and is preferred. ValueError if no episode is as long as a segment."""
 
@@ -230,7 +228,7 @@ def draw_pairs(lengths: dict, segment_length: int, count: int, label_noise: floa
         label = int(rng.integers(2))  # 1: a is preferred
         sides = dict(zip("ab", sides if label else sides[::-1]))
         pair = {f"{key}_{side}": x for side, columns in sides.items() for key, x in columns.items()}
-        pairs.append({**pair, "label": 1 - label if rng.random() < label_noise else label})
+        pairs.append({**pair, "label": label})
     return pairs
 
 
@@ -252,15 +250,13 @@ def write_dataset(output_dir: Path, tiers: dict, pairs: list, args: Args, found:
 
 
 def check_args(args: Args) -> None:
-    read.check_numbers(args, "seed label_noise gamma", unchecked="tier_targets")
+    read.check_numbers(args, "seed", unchecked="tier_targets")
     every, steps = args.checkpoint_every, args.total_timesteps
     if every % BLOCK or args.learning_starts % BLOCK or steps % every:
         text = f"--checkpoint-every and --learning-starts must be multiples of {BLOCK}"
         raise ValueError(f"{text}, --total-timesteps one of --checkpoint-every")
     if steps < 2 * every:
         raise ValueError("--total-timesteps must be at least twice --checkpoint-every")
-    if max(args.label_noise, args.gamma, args.tau) > 1:
-        raise ValueError("--label-noise, --gamma and --tau must not be above 1")
     if args.tier_targets:
         low, medium, high = args.tier_targets if len(args.tier_targets) == 3 else [math.nan] * 3
         if not -math.inf < low < medium <= high < math.inf:
@@ -291,7 +287,7 @@ def main() -> None:
         tiers, chosen, random = pick_tiers(args, env, actor, candidates)
         lengths = {tier: [len(e["actions"]) for e in tiers[tier]] for tier in TIERS}
         rng = np.random.default_rng([args.seed, 3])
-        pairs = draw_pairs(lengths, args.segment_length, args.num_pairs, args.label_noise, rng)
+        pairs = draw_pairs(lengths, args.segment_length, args.num_pairs, rng)
     found = {"env_id": args.env, "checkpoint_steps": chosen, "random_return": random, "tiers": {}}
     found["counts"] = {"pairs": len(pairs), "segment_length": args.segment_length}
     write_dataset(output_dir, tiers, pairs, args, found)
