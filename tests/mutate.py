@@ -105,6 +105,7 @@ def main(script: str, tests: str, *rest: str) -> None:
     os.chdir(folder)
     if pytest.main(["-x", "-q", *arguments]):  # here, which leaves the libraries ready for forks
         raise SystemExit("the tests fail on the script as it is")
+    sys.modules.pop("data_gen", None)  # a namespace, which has no file
     for name, module in list(sys.modules.items()):
         if str(folder) in str(getattr(module, "__file__", "")):
             del sys.modules[name]

@@ -309,6 +309,11 @@ def test_write_whole_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch)
         read.write_whole(tmp_path / "gone" / "x", lambda path: path.write_text("new"))
 
 
+def test_fingerprint_sees_the_middle_of_a_large_array():
+    zeros = np.zeros(5000)
+    assert read.fingerprint(zeros) != read.fingerprint(np.where(np.arange(5000) == 2500, 1, zeros))
+
+
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", "/tmp/x", "x/"])
 def test_run_names_are_plain(tmp_path, name):
     args = types.SimpleNamespace(evaluate="", resume="", runs_dir=str(tmp_path), run_name=name)
