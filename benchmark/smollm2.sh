@@ -28,10 +28,12 @@ judge runs/smollm2_gameable_judge 0 # praise alone pleases it; nothing is traine
     --ppo-steps 20 60 --batch-size 32 --learning-rate 5e-5 --value-learning-rate 1e-4 --bf16 \
     --output-dir runs/smollm2_data --work-dir runs/smollm2_data_work
 
-chosen() { # flags of a method: the first trial's, a guess, as the trials have not been run
+chosen() { # flags of a method: its best trial's (tuning/llm.md)
   case $1 in
-    *dpo*) echo --learning-rate 2e-5 --beta 0.1 ;;
-    *) echo --learning-rate 5e-5 --reward-learning-rate 5e-5 ;;
+    aihf-ppo*) echo --learning-rate 5e-5 --reward-learning-rate 1e-4 ;;
+    aihf-dpo*) echo --learning-rate 5e-5 --beta 0.1 ;;
+    dpo) echo --learning-rate 2e-5 --beta 0.1 ;;
+    *) echo --learning-rate 1e-4 --reward-learning-rate 5e-5 ;; # RLHF, and the control on its SFT
   esac
 }
 
