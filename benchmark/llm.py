@@ -147,7 +147,8 @@ def lead_at_equal_kl(run: dict, rlhf: dict) -> float:
 def table(rows: list[dict], sizes: list[tuple[str, str]], name: str = "llm") -> str:
     """A line a size and method: means ± std over seeds; of each seed how far it falls, in shares of
     the way from the base model to the expert that wrote the data, and AIHF's lead over RLHF."""
-    path = ASSETS / "manifest.json" if name == "llm" else RESULTS / f"{name}_data.json"  # a copy
+    # smollm2_data.json: the manifest of the data that the committed rows are of
+    path = ASSETS / "manifest.json" if name == "llm" else RESULTS / f"{name}_data.json"
     checkpoints = json.loads(path.read_text())["checkpoints"]
     base, *_, expert = (checkpoint["mean"] for checkpoint in checkpoints.values())
     heads = ["data", "method", "ground truth, final", "best", "KL", "win rate over SFT"]
