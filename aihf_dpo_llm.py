@@ -142,7 +142,7 @@ def main() -> None:
         data_hash = read.fingerprint(demos, pairs, prompt_ids, *weights)
         if state:
             if state["data_hash"] != data_hash:
-                raise ValueError("the run had other data, models, --eval-prompts or weights of 0")
+                raise ValueError("the run had other data, models or --eval-prompts, or a weight of 0")
             policy.lm.load_state_dict(state["policy"])
         for module in dict.fromkeys([policy, reference, base]):
             shard(module.to(device), device)
@@ -291,7 +291,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def frozen_log_probs(self, rows: list[tuple[list[int], list[int]]]) -> Tensor:
-        """The same without gradients; processes share the rows, however many there are."""
+        """log_probs without gradients; rows need be no multiple of the processes."""
         count = int(os.environ.get("WORLD_SIZE", 1))
         own = share(rows + rows[:1] * (-len(rows) % count))
         batches = [own[part] for part in read.parts(0, len(own), self.args.micro_batch_size)]

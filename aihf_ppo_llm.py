@@ -226,7 +226,7 @@ def main() -> None:
         weights = (w for model in (reference, base) for w in model.state_dict().values())
         data_hash = read.fingerprint(pairs, prompts, demos, [n], *weights)
         if state and state["data_hash"] != data_hash:
-            raise ValueError("the run had other data, models, --eval-prompts or weights of 0")
+            raise ValueError("the run had other data, models or --eval-prompts, or a weight of 0")
         if state and not learned.keys() <= state.keys():
             raise ValueError("the run has no critic: PPO cannot carry it on")
         for name in learned if state else ():
@@ -255,7 +255,7 @@ def main() -> None:
         if steps_since_reward == 0:  # the reward first (Algorithm 1: the policy): R starts random
             # ================ SAMPLE: τ ~ D, τ' ~ π_k and earlier ones, (τ_l ≺ τ_w) ~ P
             size = args.reward_updates_per_iteration * args.reward_batch_size  # of all updates
-            indices = read.draw(len(demos), size, k, (args.seed, 1))  # 1 to 6: one stream a use
+            indices = read.draw(len(demos), size, k, (args.seed, 1))  # 1 to 6: random streams
             rng, responses = np.random.default_rng([args.seed, 3, k]), []
             for part in read.parts(0, size, args.eval_prompts):  # as many as evaluation at once
                 responses += policy.sample([demo_prompt_ids[i] for i in indices[part]], rng)[-1]
@@ -316,7 +316,7 @@ def main() -> None:
 
         statistics = []  # of each minibatch: policy and value loss, approximate KL, share clipped
         size, epochs = (args.minibatch_size, args.ppo_epochs) if is_ppo else (args.batch_size, 1)
-        for minibatch in read.parts(0, len(ids), size // processes) * epochs:  # rows are random
+        for minibatch in read.parts(0, len(ids), size // processes) * epochs:  # already shuffled
             token_weights = alive / total(alive[minibatch].sum())  # a mean over all its tokens
             sums = torch.zeros(4, device=device)
             for part in read.parts(minibatch.start, minibatch.stop, args.micro_batch_size):
@@ -511,7 +511,7 @@ def in_parts(function, args: Args, *rows) -> Tensor:
 
 
 def descend(optimizer, learning_rate: float, args: Args, step: int, run_dir: Path, loss: Tensor):
-    """A step along gradients cut to max_grad_norm; the run stops where they are not finite."""
+    """A step along gradients clipped to max_grad_norm; the run stops where they are not finite."""
     norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
     read.check_finite(step, run_dir, loss=loss, gradient=norm)
     optimizer.param_groups[0]["lr"] = learning_rate

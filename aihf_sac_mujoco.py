@@ -79,7 +79,7 @@ class Args:
     resume: str = ""  # a run folder to carry on with its arguments; most flags beside it win
     evaluate: str = ""  # a run folder whose policy to evaluate instead of training; beats --resume
     compile: bool = True  # compile the SAC update (needs a C++ compiler)
-    cuda: bool = True  # use a GPU when there is one; networks this small are often faster on a core
+    cuda: bool = True  # use a GPU when there is one; networks this small can be faster on a core
     threads: int = 1  # CPU threads of torch
     track: bool = False  # log to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY ...)
 

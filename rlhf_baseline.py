@@ -7,7 +7,7 @@ al., arXiv 2406.06874: Sections 3.1, 6.1 and 6.2. Equation numbers are the paper
     python rlhf_baseline.py llm
 
 Each learns from the data of aihf_sac_mujoco.py or aihf_ppo_llm.py, with the same networks and as
-many steps of SAC (11 to 33 minutes) or PPO (7), writes runs/<run_name>/ and prints the true return
+many steps of SAC (10 to 30 minutes) or PPO (7), writes runs/<run_name>/ and prints the true return
 or the ground-truth score, which nothing else reads. torchrun shards language models (FSDP2).
 
 To be a strong baseline (benchmark/tuning/rlhf.md) it differs from the paper in r's bounds, averaged
@@ -92,7 +92,7 @@ class MujocoArgs:
     resume: str = ""  # a run folder to carry on with its arguments; most flags beside it win
     evaluate: str = ""  # a run folder whose policy to evaluate instead of training; beats --resume
     compile: bool = True  # compile the SAC update (needs a C++ compiler)
-    cuda: bool = True  # use a GPU when there is one; networks this small are often faster on a core
+    cuda: bool = True  # use a GPU when there is one; networks this small can be faster on a core
     threads: int = 1  # CPU threads of torch
     track: bool = False  # log to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY ...)
 
@@ -974,7 +974,7 @@ def in_parts(function, args: LlmArgs, *rows) -> Tensor:
 
 
 def descend(optimizer, learning_rate: float, args: LlmArgs, step: int, run_dir: Path, loss: Tensor):
-    """A step along gradients cut to max_grad_norm; the run stops where they are not finite."""
+    """A step along gradients clipped to max_grad_norm; the run stops where they are not finite."""
     norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
     read.check_finite(step, run_dir, loss=loss, gradient=norm)
     optimizer.param_groups[0]["lr"] = learning_rate
