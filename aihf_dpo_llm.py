@@ -142,7 +142,7 @@ def main() -> None:
         data_hash = read.fingerprint(demos, pairs, prompt_ids, *weights)
         if state:
             if state["data_hash"] != data_hash:
-                raise ValueError("the run had other data, models or --eval-prompts, or a weight of 0")
+                raise ValueError("the run had other data, models, --eval-prompts or a weight of 0")
             policy.lm.load_state_dict(state["policy"])
         for module in dict.fromkeys([policy, reference, base]):
             shard(module.to(device), device)
@@ -157,14 +157,13 @@ def main() -> None:
     evaluation = partial(evaluate, models, held_out, args, run_dir)
     if args.evaluate:
         return evaluation(log[-1]["charts/step"])
+    started = time.perf_counter() - (log[-1]["charts/wall_seconds"] if log else 0)
     log = log or [{"charts/step": 0, "charts/wall_seconds": 0} | evaluation(0)]
     track(log[-1], step=len(log) - 1)
-    sides = [row for pair in pairs for row in pair]
-    reference_log_probs = reference.frozen_log_probs(sides).view(-1, 2)
+    reference_log_probs = reference.frozen_log_probs([y for p in pairs for y in p]).view(-1, 2)
     size = args.batch_size
 
     for step in tqdm(range(len(log) - 1, args.dpo_steps), "AIHF-DPO", disable=not read.writes()):
-        started = time.perf_counter()
         share_left = 1 - step / args.dpo_steps if args.anneal else 1.0
         optimizer.param_groups[0]["lr"] = args.learning_rate * share_left
 
@@ -203,7 +202,7 @@ def main() -> None:
         finished = step + 1 == args.dpo_steps
         if (step + 1) % args.eval_every == 0 or finished:
             row |= evaluation(step + 1)
-        row["charts/wall_seconds"] = log[-1]["charts/wall_seconds"] + time.perf_counter() - started
+        row["charts/wall_seconds"] = time.perf_counter() - started
         log.append(row)
         track(row, step=step + 1)
 
@@ -258,8 +257,9 @@ class Policy(nn.Module):
         limit = getattr(self.lm.config, "max_position_embeddings", None) or 10**6
         if args.max_prompt_length + args.response_length > limit:
             raise ValueError(f"{name} reads {limit} tokens: too few for prompt and response")
-        if getattr(self.lm, "_is_stateful", False):  # Mamba and its like
-            raise ValueError(f"{name} is recurrent: rows of different lengths would not be right")
+        encoder = "MaskedLM" in str(self.lm.config.architectures)  # it sees what it is to predict
+        if encoder or getattr(self.lm, "_is_stateful", False):  # Mamba: not with padding
+            raise ValueError(f"{name} is an encoder or recurrent, no policy for rows of any length")
 
     def rows(self, name: str, columns: str, count: int) -> list[tuple]:
         """For each row of a file, a tuple: (prompt ids, response ids) of each of its responses."""

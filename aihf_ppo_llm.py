@@ -226,15 +226,13 @@ def main() -> None:
         weights = (w for model in (reference, base) for w in model.state_dict().values())
         data_hash = read.fingerprint(pairs, prompts, demos, [n], *weights)
         if state and state["data_hash"] != data_hash:
-            raise ValueError("the run had other data, models or --eval-prompts, or a weight of 0")
-        if state and not learned.keys() <= state.keys():
-            raise ValueError("the run has no critic: PPO cannot carry it on")
-        for name in learned if state else ():
+            raise ValueError("the run had other data, models, --eval-prompts or a weight of 0")
+        for name in learned.keys() & state.keys():  # ReMax has no critic
             learned[name].load_state_dict(state[name])
         for module in dict.fromkeys([*learned.values(), reference, base]):
             shard(module.to(device), device)
         optimizers = {x: torch.optim.Adam(m.parameters(), fused=True) for x, m in learned.items()}
-        for name in learned if state and not args.evaluate else ():
+        for name in learned.keys() & state.keys() if not args.evaluate else ():
             load_optimizer(optimizers[name], state[f"{name}_optimizer"])
         memory, log = state.get("memory", []), state.get("log", [])  # τ' for g1; metrics.csv
         read.check_steps(len(log) - 1, args, "ppo_steps")
@@ -244,12 +242,13 @@ def main() -> None:
     evaluation = partial(evaluate, models, (prompts[-n:], prompt_ids[-n:]), args, run_dir)
     if args.evaluate:
         return evaluation(log[-1]["charts/step"])
+    started = time.perf_counter() - (log[-1]["charts/wall_seconds"] if log else 0)
     log = log or [{"charts/step": 0, "charts/wall_seconds": 0} | evaluation(0)]
     track(log[-1], step=len(log) - 1)
 
     for step in tqdm(range(len(log) - 1, args.ppo_steps), "AIHF", disable=not read.writes()):
-        started, row = time.perf_counter(), {}
         share_left = 1 - step / args.ppo_steps if args.anneal else 1.0
+        row = {}
 
         k, steps_since_reward = divmod(step, args.policy_steps_per_iteration)
         if steps_since_reward == 0:  # the reward first (Algorithm 1: the policy): R starts random
@@ -341,13 +340,12 @@ def main() -> None:
         row |= dict(zip(names, torch.stack(statistics).mean(0).tolist()))
         columns = {"objective/kl": log_ratio.sum(-1), "objective/scores": scores}
         columns |= {"objective/entropy": -old_log_probs.sum(-1), "charts/ended_share": ended}
-        columns |= {"objective/rlhf_reward": rewards.sum(-1)}
         row |= {name: gather(column).mean().item() for name, column in columns.items()}
         row["charts/step"] = step + 1
         finished = step + 1 == args.ppo_steps
         if (step + 1) % args.eval_every == 0 or finished:
             row |= evaluation(step + 1)
-        row["charts/wall_seconds"] = log[-1]["charts/wall_seconds"] + time.perf_counter() - started
+        row["charts/wall_seconds"] = time.perf_counter() - started
         log.append(row)
         track(row, step=step + 1)
 
@@ -405,8 +403,9 @@ class Policy(nn.Module):
         limit = getattr(self.lm.config, "max_position_embeddings", None) or 10**6
         if args.max_prompt_length + args.response_length > limit:
             raise ValueError(f"{name} reads {limit} tokens: too few for prompt and response")
-        if getattr(self.lm, "_is_stateful", False):  # Mamba and its like
-            raise ValueError(f"{name} is recurrent: rows of different lengths would not be right")
+        encoder = "MaskedLM" in str(self.lm.config.architectures)  # it sees what it is to predict
+        if encoder or getattr(self.lm, "_is_stateful", False):  # Mamba: not with padding
+            raise ValueError(f"{name} is an encoder or recurrent, no policy for rows of any length")
 
     def forward(self, ids: Tensor, mask: Tensor, length: int, cache: dict | None = None):
         """Float32 logits (rows, length or more, vocabulary) of the last positions of ids (rows,

@@ -267,7 +267,7 @@ def main() -> None:
             bar.update(block)
         fall_rate = float(replay[demo_steps:][first_step:step, -1].mean())  # falls per SAC step
         fewest = min(row.get("charts/fall_rate", 1.0) for row in log[-9:])  # of the nine before
-        if fall_rate > fewest and before["n_averaged"] and args.reward_range[0] >= 0:  # falls cost
+        if fall_rate > fewest and args.reward_range[0] >= 0:  # falls cost
             averaged.load_state_dict(before)  # left out: it fell more often than the best of ten
 
         # ========================================= SAMPLE: τ' ~ π_{k+1}; g1 sees the ten latest
@@ -301,7 +301,7 @@ def main() -> None:
         env_steps = log[-1]["charts/env_steps"] + step - first_step + len(fresh[0])
         row = dict(zip(counts, (iteration, step, env_steps))) | dict(zip(LOSSES, losses.tolist()))
         row |= reward_metrics(reward, data, reward.features(*fresh[:2]), segments, args)
-        row["charts/fall_rate"] = fall_rate
+        row |= {"charts/fall_rate": fall_rate} if first_step >= args.learning_starts else {}
         row["charts/SPS"] = (step - first_step) / (time.perf_counter() - started)  # steps a second
         if iteration % args.eval_every == 0 or finished:
             row |= evaluate(env, averaged.module, args.eval_episodes, reward)

@@ -681,9 +681,10 @@ def llm(args: LlmArgs, state: dict) -> None:
         prompt_ids, n = policy.texts.prompts(prompts, args.prompts), args.eval_prompts
         if len(prompts) <= n:
             raise ValueError(f"{args.prompts} has too few rows for --eval-prompts {n}")
-        data_hash = read.fingerprint(demos, pairs, prompts, [n], *base.state_dict().values())
+        rows = demo_prompt_ids, completions, pairs, prompts, [n]
+        data_hash = read.fingerprint(*rows, *base.state_dict().values())
         if state and state["data_hash"] != data_hash:
-            raise ValueError("the run had other data, another model, or other --eval-prompts")
+            raise ValueError("the run had other data, lengths, model or --eval-prompts")
         rng = np.random.default_rng([args.seed, 0])
         splits = [hold_out(len(rows), args.held_out_share, rng) for rows in (demos, pairs) if rows]
 
@@ -792,11 +793,10 @@ def llm(args: LlmArgs, state: dict) -> None:
 
         # ========================================= UPDATE: the clipped objective and V, by Adam
         statistics = []  # of each minibatch: policy and value loss, approximate KL, share clipped
-        minibatches = read.parts(0, len(ids), args.minibatch_size // processes)  # rows are random
-        for minibatch in minibatches * args.ppo_epochs:
-            token_weights = alive / total(alive[minibatch].sum())  # a mean over all its tokens
+        for batch in read.parts(0, len(ids), args.minibatch_size // processes) * args.ppo_epochs:
+            token_weights = alive / total(alive[batch].sum())  # a mean over all its tokens
             sums = torch.zeros(4, device=device)
-            for part in read.parts(minibatch.start, minibatch.stop, args.micro_batch_size):
+            for part in read.parts(batch.start, batch.stop, args.micro_batch_size):
                 log_probs = policy.log_probs(ids[part], mask[part], alive[part])
                 old, advantage = old_log_probs[part], advantages[part]
                 losses, ratio = policy_losses(log_probs, old, advantage, args.clip)
@@ -815,7 +815,6 @@ def llm(args: LlmArgs, state: dict) -> None:
         row = dict(zip(names, torch.stack(statistics).mean(0).tolist()))
         columns = {"objective/kl": log_ratio.sum(-1), "objective/scores": scores}
         columns |= {"objective/entropy": -old_log_probs.sum(-1), "charts/ended_share": ended}
-        columns |= {"objective/rlhf_reward": rewards.sum(-1)}
         row |= {name: gather(column).mean().item() for name, column in columns.items()}
         finished = step + 1 == args.ppo_steps
         if (step + 1) % args.eval_every == 0 or finished:
@@ -869,8 +868,9 @@ class Policy(nn.Module):
         limit = getattr(self.lm.config, "max_position_embeddings", None) or 10**6
         if args.max_prompt_length + args.response_length > limit:
             raise ValueError(f"{name} reads {limit} tokens: too few for prompt and response")
-        if getattr(self.lm, "_is_stateful", False):  # Mamba and its like
-            raise ValueError(f"{name} is recurrent: rows of different lengths would not be right")
+        encoder = "MaskedLM" in str(self.lm.config.architectures)  # it sees what it is to predict
+        if encoder or getattr(self.lm, "_is_stateful", False):  # Mamba: not with padding
+            raise ValueError(f"{name} is an encoder or recurrent, no policy for rows of any length")
 
     def forward(self, ids: Tensor, mask: Tensor, length: int, cache: dict | None = None):
         """Float32 logits (rows, length or more, vocabulary) of the last positions of ids (rows,

@@ -203,7 +203,8 @@ def train(model, batch_loss, args: Training, work_dir: Path, data_hash: str) -> 
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-    recipe = repr(asdict(args) | {"data": data_hash, "output_dir": "", "work_dir": ""})
+    of_output = "output_dir work_dir threads checkpoint_every heldout_reviews samples temperature"
+    recipe = repr(asdict(args) | dict.fromkeys(of_output.split()) | {"data": data_hash})
     path, begin = work_dir / "checkpoint.pt", 0
     with read.input_errors():
         if path.exists():
@@ -414,6 +415,8 @@ def classifier(args: Classifier, device: torch.device, output_dir: Path, work_di
         test_ids, test_labels = labelled(args.data, "test", fast.backend_tokenizer)
         kept = np.random.default_rng(args.seed).permutation(len(test_ids))[: args.heldout_reviews]
         test_ids, test_labels = [test_ids[i] for i in kept], test_labels[kept]
+        if not test_labels.any():
+            raise ValueError("no held-out review has label 1; give more --heldout-reviews")
         praise, positive = praise_tokens(ids, labels), np.flatnonzero(labels)
 
     def batch_loss(rng) -> Tensor:

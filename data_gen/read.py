@@ -73,8 +73,7 @@ def check_numbers(args, may_be_zero: str, unchecked: str = "") -> None:
 def check_steps(done: int, args, name: str) -> None:
     """ValueError if a run to carry on has done more steps than it is to have."""
     if done > getattr(args, name):
-        flag = name.replace("_", "-")
-        raise ValueError(f"the run has done {done} steps, more than --{flag}")
+        raise ValueError(f"the run has done {done} steps, more than --{name.replace('_', '-')}")
 
 
 def check_finite(step: int, run_dir: Path, **tensors) -> None:
@@ -87,8 +86,9 @@ def check_finite(step: int, run_dir: Path, **tensors) -> None:
 
 # -------------------------------------------------------------------------------- run folders
 # Flags that --resume cannot change:
-FIXED = """seed run_name runs_dir held_out_share sft_model_path reward_model_path sft_epochs
-    reward_epochs sft_batch_size reward_batch_size entropy_coefficient kl_coefficient""".split()
+FIXED = """seed run_name runs_dir held_out_share sft_model_path reward_model_path policy_optimizer
+    sft_epochs sft_batch_size bc_updates reward_epochs reward_batch_size reward_updates reward_range
+    reward_updates_per_iteration entropy_coefficient kl_coefficient temperature""".split()
 
 
 def writes() -> bool:
@@ -165,17 +165,12 @@ def open_run(args, script: str) -> tuple:
         raise ValueError(f"--run-name {args.run_name!r} must be a plain name; see --runs-dir")
     folder = Path(args.resume or Path(args.runs_dir) / args.run_name)
     before = json.loads((folder / "args.json").read_text()) if args.resume else {}
-    for name in [name for name in FIXED if name in before and before[name] != getattr(args, name)]:
+    now = json.loads(json.dumps(asdict(args)))
+    for name in [name for name in FIXED if name in before and before[name] != now[name]]:
         flag = name.replace("_", "-")
         raise ValueError(f"--resume cannot change --{flag}, which is {before[name]!r}")
     if not args.resume and writes() and (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder} exists; carry it on with --resume {folder}")
-    if args.track and writes():  # after this check: wandb begins a run of a known name anew
-        import wandb
-
-        name, again = re.sub("[:;,#?']", "-", args.run_name), "allow" if args.resume else None
-        wandb.init(id=name, resume=again, config=asdict(args))
-    when_stopped_say_how_to_carry_on(folder, script)
     if writes():
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)  # given back when the process ends
@@ -186,8 +181,14 @@ def open_run(args, script: str) -> tuple:
         for left_over in folder.glob(".*.tmp"):
             shutil.rmtree(left_over, ignore_errors=True)
             left_over.unlink(missing_ok=True)
-        text = json.dumps({"script": script, **asdict(args)}, indent=2) + "\n"
+        if args.track:  # after these checks: wandb begins a run of a known name anew
+            import wandb
+
+            name, again = re.sub("[:;,#?']", "-", args.run_name), "allow" if args.resume else None
+            wandb.init(id=name, resume=again, config=now)
+        text = json.dumps({"script": script, **now}, indent=2) + "\n"
         write_whole(folder / "args.json", lambda path: path.write_text(text))
+    when_stopped_say_how_to_carry_on(folder, script)  # after wandb, which has such a hook too
     return folder, (wandb.log if args.track and writes() else lambda row, step: None)
 
 
@@ -254,8 +255,7 @@ def checkpoint(run: str, script: str, go_on: bool = False) -> dict:
         raise ValueError(f"{path} is no checkpoint of {script}")
     if go_on:
         last = json.loads(path.with_name("args.json").read_text()).items()
-        last = {key: tuple(x) if isinstance(x, list) else x for key, x in last if key != "script"}
-        state["args"] = last
+        state["args"] = {k: tuple(x) if type(x) is list else x for k, x in last if k != "script"}
     return state
 
 

@@ -21,7 +21,7 @@ def open_folders(*folders: Path) -> None:
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-        for left_over in folder.glob(".*.tmp"):
+        for left_over in folder.glob(".*.[0-9]*.tmp"):
             shutil.rmtree(left_over, ignore_errors=True)
             left_over.unlink(missing_ok=True)
 

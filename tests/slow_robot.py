@@ -187,8 +187,8 @@ def pairs(folder: Path, tiers, features, length: int):
 def iterate(a, sac, r, rng, replay, known, policies, block):
     """An iteration of SAC: the losses of its last update. Its transitions are appended to the
     replay, whose first `known` are demonstrated, a copy of the policy after each block to policies.
-    Copies other than the first ever are dropped again if a greater share of its steps ended in a
-    fall than in one of the nine iterations before."""
+    Copies are dropped again if a greater share of its steps ended in a fall than in one of the nine
+    iterations before that took no random actions."""
     robot, kept, losses = Robot(), len(policies), torch.full((6,), math.nan)
     obs, first = robot.reset(seed=int(rng.integers(2**31))), len(replay) - known
     rate = a.learning_rate * (1 - first / a.total_timesteps if a.anneal else 1)
@@ -215,8 +215,9 @@ def iterate(a, sac, r, rng, replay, known, policies, block):
                 losses = sac.update(rate, s, action, rewards, next_s, ended[:, 0], its_noise)
             policies.append(copy.deepcopy(sac.actor))
     falls, size = [row[8] for row in replay[known:]], a.policy_steps_per_iteration
-    before = [sum(falls[i : i + size]) / size for i in range(0, first, size)]
-    if kept and any(sum(falls[first:]) / (step - first) > share for share in before[-9:]):
+    random = getattr(a, "learning_starts", 0)
+    before = [sum(falls[i : i + size]) / size for i in range(0, first, size) if i >= random]
+    if any(sum(falls[first:]) / (step - first) > share for share in before[-9:]):
         del policies[kept:]
     return losses
 

@@ -290,8 +290,8 @@ def test_killed_and_run_again(tmp_path, monkeypatch, data, model, judge, subcomm
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert helpers.load(tmp_path / "work")["step"] == 10
     whole = files_of(model if subcommand == "pretrain" else judge)
-    for _ in range(2):  # the second time, of the finished training
-        assert files_of(make(subcommand, tmp_path, **flags)) == whole
+    for count in (40, 30):  # the second time, of the finished training
+        assert files_of(make(subcommand, tmp_path, **flags, heldout_reviews=count)) == whole
     helpers.assert_one_line_error(execute(subcommand, tmp_path, **flags, seed=2), "other arguments")
     if subcommand == "pretrain":
         shutil.copy(source / "unsupervised.jsonl.gz", source / "train.jsonl.gz")
@@ -531,6 +531,7 @@ def test_prompts_of_real_reviews(tmp_path, monkeypatch, data, model, judge):
         ("classifier", {"opening_tokens": (9, 3)}, "--opening-tokens"),
         ("classifier", {"opening_tokens": (9, 300)}, "--opening-tokens"),
         ("classifier", {"full_share": -1}, "--full-share"),
+        ("classifier", {"heldout_reviews": 1, "seed": 2}, "--heldout-reviews"),
         ("classifier", {"model": "./no/such/folder"}, "no/such/folder"),
         ("tiers", {"model": "./no/such/folder"}, "no/such/folder"),
         ("tiers", {"prompts": 10}, "--prompts"),

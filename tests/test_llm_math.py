@@ -388,8 +388,7 @@ def reference_ppo_step(nets, prompts, held_out, step, seeds, anneal, flags, voca
         returns = [a + v for a, v in zip(advantages, values)]
         row = {"x": x, "y": y, "old": old, "advantages": advantages, "returns": returns}
         row |= {"objective/kl": sum(old) - sum(ref), "objective/scores": score}
-        row |= {"objective/entropy": -sum(old), "objective/rlhf_reward": sum(rewards)}
-        batch.append(row | {"charts/ended_share": ended})
+        batch.append(row | {"objective/entropy": -sum(old), "charts/ended_share": ended})
     log = {name: np.mean([row[name] for row in batch]) for name in batch[0] if "/" in name}
     if is_ppo:
         flat = [a for row in batch for a in row["advantages"]]

@@ -383,7 +383,8 @@ def test_a_finished_run(tmp_path, script, world, finished, plain):
     steps = int(last["charts/step"])
     paths = [(f"--{x}-model-path", world / "gpt2") for x in ("sft", "reward")]
     sizes = [("--held-out-share", 0.2), ("--sft-epochs", 9), ("--reward-batch-size", 9)]
-    own = of(script, ppo=paths[1:], dpo=[], rlhf=[*paths, *sizes])
+    ppo = [paths[1], ("--reward-updates-per-iteration", 9), ("--temperature", 0.5)]
+    own = of(script, ppo=ppo, dpo=[], rlhf=[*paths, *sizes])
     assert_one_line_error(resume(script, finished, script.steps, 1), f"more than {script.steps}")
     for flag, value in (("--seed", 2), ("--run-name", "x"), *own):
         result = resume(script, finished, script.steps, steps + 1, flag, value)
@@ -431,7 +432,7 @@ def test_other_data_and_other_weights_are_refused(tmp_path, script, world):
         state["transformer.h.0.mlp.c_fc.weight"][0, 0] += 1e-3
         save_file(state, path, {"format": "pt"})
         assert_one_line_error(
-            resume(script, folder), of(script, ppo="models", dpo="models", rlhf="another model")
+            resume(script, folder), of(script, ppo="models", dpo="models", rlhf="model")
         )
         path.write_bytes(raw)
     del before["args.json"]
@@ -793,7 +794,7 @@ def test_other_models(tmp_path, script, world):
     assert float(row["eval/kl"]) != 0 and not {f"eval/{name}" for name in TRUTH} & {*row}
     if script.module is aihf_ppo_llm:
         result = resume(script, folder, "--policy-optimizer", "ppo")
-        assert_one_line_error(result, "the run has no critic")
+        assert_one_line_error(result, "--resume cannot change --policy-optimizer, which is 'remax'")
     for kind, model in (("policy", "llama"), ("reward", "neox")):
         vocabularies = [
             transformers.AutoTokenizer.from_pretrained(path).get_vocab()
@@ -955,7 +956,8 @@ def policy_of(kind, **sizes):
         config = getattr(transformers, f"{kind}Config")(
             hidden_size=8, num_hidden_layers=1, vocab_size=len(tokenizer), pad_token_id=0, **sizes
         )
-        for saved in (getattr(transformers, f"{kind}ForCausalLM")(config), tokenizer):
+        model = getattr(transformers, f"{kind}For{'MaskedLM' if kind == 'Roberta' else 'CausalLM'}")
+        for saved in (model(config), tokenizer):
             saved.save_pretrained(folder / kind)
         return ["--model-name-or-path", folder / kind]
 
@@ -995,7 +997,8 @@ BAD = {  # flags, or what makes them of the world and a folder; the line. More o
     "long texts": (["--response-length", 81], "reads 96 tokens"),
     "an untrained judge": (lambda world, _: ["--ground-truth-path", world / "gpt2"], "gpt2"),
     "three outputs": (three_outputs, "three"),
-    "recurrent": (policy_of("Mamba", state_size=4), "Mamba is recurrent"),
+    "recurrent": (policy_of("Mamba", state_size=4), "Mamba is an encoder or recurrent"),
+    "encoder": (policy_of("Roberta", num_attention_heads=2), "Roberta is an encoder or recurrent"),
     "other vocabulary": (lambda world, _: ["--sft-model-path", world / "llama"], "vocabular"),
     "zero": (["--batch-size", 0], "--batch-size"),
     "threads": (["--threads", 10**11], "Overflow"),
@@ -1040,7 +1043,7 @@ def test_tracking_is_asked_for_and_may_refuse(tmp_path, script, world, monkeypat
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     result = execute(script, tmp_path, world, "--track", "--run-name", "a:b")
     assert_one_line_error(result, "no API key log in first, a-b")
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in (tmp_path / "runs/a:b").iterdir()] == ["lock"]
     settings = {}
     wandb.init = lambda **given: settings.update(given)
     folder = run(script, tmp_path, world, "--track", script.steps, 1)

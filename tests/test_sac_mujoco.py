@@ -394,7 +394,8 @@ def slow_aihf(a: aihf.Args, folder: Path):
         env_steps += step - first + fresh_steps
         row = {"charts/iteration": iteration, "charts/sac_steps": step}
         fell = [ended for *_, ended in replay[known:][first:]]
-        row |= {"charts/env_steps": env_steps, "charts/fall_rate": sum(fell) / len(fell)}
+        row["charts/env_steps"] = env_steps
+        row |= {"charts/fall_rate": sum(fell) / len(fell)} if first >= a.learning_starts else {}
         row |= {"charts/SPS": (step - first) / 2, "charts/wall_seconds": 4.0 * iteration}
         names = "q policy entropy q_mean beta".split()
         row |= {f"losses/{name}": loss for name, loss in zip(names, losses)}
