@@ -227,12 +227,14 @@ def main() -> None:
         data_hash = read.fingerprint(pairs, prompts, demos, [n], *weights)
         if state and state["data_hash"] != data_hash:
             raise ValueError("the run had other data, models, --eval-prompts or a weight of 0")
-        for name in learned.keys() & state.keys():  # ReMax has no critic
+        if state and not learned.keys() <= state.keys():
+            raise ValueError("the run has no critic: PPO cannot carry it on")
+        for name in learned if state else ():
             learned[name].load_state_dict(state[name])
         for module in dict.fromkeys([*learned.values(), reference, base]):
             shard(module.to(device), device)
         optimizers = {x: torch.optim.Adam(m.parameters(), fused=True) for x, m in learned.items()}
-        for name in learned.keys() & state.keys() if not args.evaluate else ():
+        for name in learned if state and not args.evaluate else ():
             load_optimizer(optimizers[name], state[f"{name}_optimizer"])
         memory, log = state.get("memory", []), state.get("log", [])  # τ' for g1; metrics.csv
         read.check_steps(len(log) - 1, args, "ppo_steps")
@@ -248,7 +250,7 @@ def main() -> None:
 
     for step in tqdm(range(len(log) - 1, args.ppo_steps), "AIHF", disable=not read.writes()):
         share_left = 1 - step / args.ppo_steps if args.anneal else 1.0
-        row = {}
+        row = {"charts/step": step + 1}
 
         k, steps_since_reward = divmod(step, args.policy_steps_per_iteration)
         if steps_since_reward == 0:  # the reward first (Algorithm 1: the policy): R starts random
@@ -341,7 +343,6 @@ def main() -> None:
         columns = {"objective/kl": log_ratio.sum(-1), "objective/scores": scores}
         columns |= {"objective/entropy": -old_log_probs.sum(-1), "charts/ended_share": ended}
         row |= {name: gather(column).mean().item() for name, column in columns.items()}
-        row["charts/step"] = step + 1
         finished = step + 1 == args.ppo_steps
         if (step + 1) % args.eval_every == 0 or finished:
             row |= evaluation(step + 1)

@@ -265,6 +265,8 @@ def draw_all(rows: list[dict], scores: list[dict], begin: str) -> None:
 
     for name, (methods, sizes) in zip(("figure9.png", "figure10.png"), MORE.items()):
         sizes = [size for size in sizes if any(runs_of(rows, x, *size) for x in methods[:2])]
+        if not sizes:
+            continue
         figure, axes = panels(len(sizes), sharey=True)
         for axis, size in zip(axes, sizes):
             for method in methods:

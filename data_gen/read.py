@@ -86,8 +86,8 @@ def check_finite(step: int, run_dir: Path, **tensors) -> None:
 
 # -------------------------------------------------------------------------------- run folders
 # Flags that --resume cannot change:
-FIXED = """seed run_name runs_dir held_out_share sft_model_path reward_model_path policy_optimizer
-    sft_epochs sft_batch_size bc_updates reward_epochs reward_batch_size reward_updates reward_range
+FIXED = """seed run_name runs_dir held_out_share sft_model_path reward_model_path sft_epochs
+    sft_batch_size bc_updates reward_epochs reward_batch_size reward_updates reward_range
     reward_updates_per_iteration entropy_coefficient kl_coefficient temperature""".split()
 
 

@@ -161,7 +161,7 @@ def test_tracking_is_asked_for(tmp_path, data, monkeypatch, script):
     """Every row but AIHF's row of zeros, at its SAC step; of stages 1 and 2 in their order."""
     monkeypatch.setitem(sys.modules, "wandb", None)  # to import it would raise
     assert_one_line_error(execute(script, tmp_path, data, "--track"), "wandb")
-    assert not (tmp_path / "runs").exists()
+    assert [path.name for path in (tmp_path / "runs/run").iterdir()] == ["lock"]
     calls = []
     wandb = types.SimpleNamespace(init=lambda **k: calls.append(k))
     wandb.log = lambda row, step: calls.append((step, row))
