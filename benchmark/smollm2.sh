@@ -4,8 +4,8 @@
 #     bash benchmark/smollm2.sh tuning    # three trials of each method, on seed 11
 #     bash benchmark/smollm2.sh           # the reviews from the hub; DATA=folder: from there
 #     for x in llm llm_sharpness llm_rewards; do python benchmark/$x.py smollm2; done
-# Seeds 1 to 3, fixed before the runs (SEEDS="1 2 3"), JOBS=2 runs side by side. On two cores with AMX, by estimate, three
-# hours for a seed and four for the trials. A GB of disk a run, up to 9 while it runs.
+# Seeds 1 to 3, fixed before the runs (SEEDS="1 2 3"), JOBS=2 runs side by side. On two cores with bfloat16 half an hour to
+# an hour for judge and data, four hours for the trials, two for a seed. A GB of disk a run, up to 9 while it runs.
 # Stopped or killed, the same command carries on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
