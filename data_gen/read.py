@@ -165,7 +165,7 @@ def open_run(args, script: str) -> tuple:
         raise ValueError(f"--run-name {args.run_name!r} must be a plain name; see --runs-dir")
     folder = Path(args.resume or Path(args.runs_dir) / args.run_name)
     before = json.loads((folder / "args.json").read_text()) if args.resume else {}
-    now = json.loads(json.dumps(asdict(args)))
+    now = json.loads(json.dumps(asdict(args)))  # tuples are lists, as in args.json
     for name in [name for name in FIXED if name in before and before[name] != now[name]]:
         flag = name.replace("_", "-")
         raise ValueError(f"--resume cannot change --{flag}, which is {before[name]!r}")
