@@ -266,7 +266,7 @@ def main() -> None:
                 read.check_finite(step, run_dir, rewards=rewards, sac_losses=losses, **sac["actor"])
             bar.update(block)
         fall_rate = float(replay[demo_steps:][first_step:step, -1].mean())  # falls per SAC step
-        fewest = min(row.get("charts/fall_rate", 1.0) for row in log[-9:])  # of the nine before
+        fewest = min(row.get("charts/fall_rate", 1.0) for row in log[-9:])  # 1: random actions
         if fall_rate > fewest and args.reward_range[0] >= 0:  # falls cost
             averaged.load_state_dict(before)  # left out: it fell more often than the best of ten
 
