@@ -14,6 +14,7 @@ benchmark/README.md has in part. Without the second judge its column is empty.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ def perplexity(base: Policy, prompt_ids: list, response_ids: list) -> float:
 
 def measure(policy: Policy, base: Policy, judges: dict, prompts: list[str], temperature: float):
     """A row's measures: of one response to each prompt, drawn as in the scripts' evaluation."""
-    policy.args = Settings(temperature=temperature)
+    policy.args = replace(policy.args, temperature=temperature)
     prompt_ids = policy.texts.prompts(prompts, "the prompts")
     ids, mask, alive, _, texts = policy.sample(prompt_ids, np.random.default_rng(10_000))
     log_probs = in_parts(policy.log_probs, policy.args, ids, mask, alive)
@@ -106,7 +107,7 @@ def main() -> None:
     if name != "llm":  # nothing of it is in the repository
         data = {x: f"runs/{name}_data/{x}.jsonl" for x in ("demonstrations", "prompts")}
         models = {"model_name_or_path": f"runs/{name}", "ground_truth_path": f"runs/{name}_judge"}
-        args = Settings(**models, **data)
+        args = Settings(**models, **data, dtype="bfloat16")  # as the runs
         gameable = folder / f"{name}_gameable_judge"
     with read.input_errors():
         judges = {"gt_score": Scorer(str(ROOT / args.ground_truth_path), args, True).to(device)}
