@@ -326,7 +326,7 @@ def test_a_sharper_policy_has_less_entropy():
     import llm_sharpness
     import torch
 
-    args = llm_sharpness.Settings()
+    args = llm_sharpness.Settings(micro_batch_size=16)
     base = llm_sharpness.Policy(str(ROOT / args.model_name_or_path), args)
     judge = llm_sharpness.Scorer(str(ROOT / args.ground_truth_path), args, True)
     prompts = ["This film is", "I saw it and", "The plot", "Her acting was"] * 8
@@ -334,6 +334,7 @@ def test_a_sharper_policy_has_less_entropy():
     for t in (1.0, 0.5):
         policy = llm_sharpness.Policy(str(ROOT / args.model_name_or_path), args)
         rows[t] = llm_sharpness.measure(policy, base, judges, prompts, t)
+        assert policy.args == llm_sharpness.replace(args, temperature=t)
     assert rows[0.5]["entropy"] < 0.7 * rows[1.0]["entropy"]
     assert rows[0.5]["base_perplexity"] < rows[1.0]["base_perplexity"]
     assert rows[0.5]["distinct_bigrams"] < rows[1.0]["distinct_bigrams"] <= 1
@@ -345,6 +346,18 @@ def test_a_sharper_policy_has_less_entropy():
     found = llm_sharpness.perplexity(base, [x, x[:1]], [y, y])
     alone = llm_sharpness.perplexity(base, [x], [y])
     assert alone == pytest.approx(loss.exp().item(), rel=1e-4) and found != alone
+
+
+def test_at_temperature_1_policies_repeat_their_last_evaluation():
+    import llm
+
+    def scores(name: str, **which: str) -> dict:  # of several evaluations the last
+        rows = read_csv(llm.RESULTS / name)
+        rows = [row for row in rows if row["seed"] and which.items() <= row.items()]
+        return {tuple(row[key] for key in llm.KEYS): float(row["gt_score"]) for row in rows}
+
+    found = scores("smollm2_sharpness.csv", temperature="1.0")
+    assert found == pytest.approx(scores("smollm2.csv"), abs=1e-3)
 
 
 def test_policies_are_those_of_the_runs_asked_for(tmp_path):
